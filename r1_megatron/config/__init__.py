@@ -1,0 +1,1 @@
+"""Configuration: schema, YAML loading, validation, presets. No torch in this room."""

@@ -1,0 +1,298 @@
+"""Every option of a run, with its default. A YAML file is this tree, section by section.
+
+The names are Megatron's where Megatron has one (``parallel``, ``model``, most of ``train``), the papers' and the
+common RL trainers' elsewhere. ``load.py`` turns YAML into these objects, ``validate.py`` finds everything that
+contradicts itself, ``presets.py`` holds the model shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Stage = Literal["grpo", "sft", "evaluate"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A DeepSeek-V3-style policy. ``preset`` fills every field that the YAML leaves out (see ``presets.py``)."""
+
+    preset: str | None = None
+    num_layers: int = 4
+    hidden_size: int = 64
+    ffn_hidden_size: int = 160
+    num_attention_heads: int = 4
+    vocab_size: int = 260
+    # Longest position the rotary embedding is prepared for, in tokens.
+    max_position_embeddings: int = 4096
+    # Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). q_lora_rank null: no low-rank query projection.
+    q_lora_rank: int | None = 48
+    kv_lora_rank: int = 32
+    qk_head_dim: int = 32
+    qk_pos_emb_head_dim: int = 16
+    v_head_dim: int = 24
+    # Mixture of experts. The first `first_k_dense_replace` layers are dense.
+    num_moe_experts: int = 8
+    moe_ffn_hidden_size: int = 48
+    # Width of the shared expert (DeepSeek: number of shared experts x moe_ffn_hidden_size); 0: none.
+    moe_shared_expert_intermediate_size: int = 48
+    first_k_dense_replace: int = 1
+    moe_router_topk: int = 4
+    moe_router_num_groups: int | None = 4
+    moe_router_group_topk: int | None = 2
+    moe_router_topk_scaling_factor: float = 2.5
+    # Step of the aux-loss-free balancing bias per optimizer step (arXiv 2408.15664); 0: the bias stays.
+    moe_router_bias_update_rate: float = 1e-3
+    # Coefficient of the sequence-wise auxiliary balance loss (DeepSeek-V3, eq. 17-20); 0: off.
+    moe_aux_loss_coeff: float = 0.0
+    # Multi-token prediction (DeepSeek-V3, section 2.2): extra layers that predict the token after the next.
+    mtp_num_layers: int = 0
+    mtp_loss_scaling_factor: float = 0.1
+    layernorm_epsilon: float = 1e-6
+    init_method_std: float = 0.006
+    share_embeddings_and_output_weights: bool = False
+    # Rotary embedding; the fields below rope_type count for "yarn" only (arXiv 2309.00071).
+    rotary_base: float = 10000.0
+    rope_type: Literal["rope", "yarn"] = "rope"
+    rotary_scaling_factor: float = 40.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Megatron's parallel sizes. tp * pp * cp * dp is the number of ranks; sequence parallelism is on when tp > 1."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    # Model chunks per pipeline rank (interleaved schedule); null or 1: one chunk.
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    data_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    # Megatron's layout string (E embedding, t layer, m MTP, L loss), instead of an even split.
+    pipeline_model_parallel_layout: str | None = None
+    # "auto": CUDA/NCCL where a GPU is visible, else CPU/Gloo.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Seconds after which a collective that has not finished ends the job.
+    timeout_s: float = 1800.0
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """``sentencepiece``: a ``.model`` file. ``huggingface``: a folder or a ``tokenizer.json``.
+
+    ``chain_sum`` and ``countdown`` build their own small sentencepiece model into the run folder: nothing to download.
+    """
+
+    kind: Literal["sentencepiece", "huggingface", "chain_sum", "countdown"] = "chain_sum"
+    path: str | None = None
+    # Stop token; null: the tokenizer's own end of sentence.
+    eos_token: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts come from. ``path``: JSONL with ``prompt``, ``label``, ``metadata`` (names can be remapped)."""
+
+    source: Literal["jsonl", "chain_sum", "countdown"] = "chain_sum"
+    path: str | None = None
+    eval_path: str | None = None
+    prompt_key: str = "prompt"
+    label_key: str = "label"
+    metadata_key: str = "metadata"
+    # "r1_zero": the paper's plain template; "compact": "User: ... Assistant:" for small models; "none".
+    template: Literal["r1_zero", "compact", "none"] = "compact"
+    max_prompt_tokens: int = 256
+    # A prompt that is too long ends the run ("error") or is left out and counted ("skip").
+    on_long_prompt: Literal["error", "skip"] = "error"
+    on_duplicate_prompt: Literal["error", "skip"] = "error"
+    shuffle: bool = True
+    seed: int = 1
+    # Procedural tasks: how many distinct problems, how many of them are held out, and the task's own options.
+    num_train: int = 4096
+    num_eval: int = 256
+    task_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a token is drawn. top_k 0, top_p 1 and min_p 0 switch the cut off; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What is sampled in a step, and how many sequences a data-parallel rank keeps in flight."""
+
+    prompts_per_step: int = 16
+    samples_per_prompt: int = 12
+    max_sequences: int = 256
+    # Groups of sequences in flight per pipeline; null: one per pipeline stage.
+    pipeline_groups: int | None = None
+    # Record the chosen experts and train with the same ones (router replay, R3: arXiv 2510.11370).
+    router_replay: bool = False
+
+
+@dataclass(frozen=True)
+class RewardTermConfig:
+    """One reward function: a name of ours (accuracy, countdown, format, ...) or ``package.module:function``."""
+
+    function: str = "accuracy"
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    terms: tuple[RewardTermConfig, ...] = (RewardTermConfig("accuracy"), RewardTermConfig("format"))
+    # Seconds one call may take.
+    timeout_s: float = 60.0
+    # A reward that raises, hangs or answers nonsense ends the run ("fail"), or counts zero and is counted ("zero").
+    on_error: Literal["fail", "zero"] = "fail"
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3) and its usual variants."""
+
+    # "std": (r - mean) / std of the group; "none": r - mean (Dr.GRPO, arXiv 2503.20783).
+    advantage_normalization: Literal["std", "none"] = "std"
+    advantage_epsilon: float = 1e-6
+    # The ratio is clipped to [1 - clip_ratio_low, 1 + clip_ratio_high] (DAPO, arXiv 2503.14476, eq. 10).
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    # Dual clip (arXiv 1912.09729, eq. 5): loss of negative advantages is capped at this ratio; null: off.
+    clip_ratio_dual: float | None = None
+    # KL to the reference policy, estimator k3 (http://joschu.net/blog/kl-approx.html).
+    kl_coef: float = 0.001
+    # Replace the reference policy by the current one every so many steps; null: never.
+    reference_refresh_steps: int | None = None
+    entropy_coef: float = 0.0
+    # How tokens are averaged: over all tokens, per sequence first, or by a constant length (Dr.GRPO).
+    aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
+    # Optimizer steps per rollout: the rollout's prompts are split into so many minibatches ...
+    num_minibatches: int = 1
+    # ... and walked through so many times.
+    inner_epochs: int = 1
+    # Groups whose rewards are all equal carry no gradient: drop them before the weights are computed, or keep them.
+    zero_variance_groups: Literal["keep", "drop"] = "keep"
+    # Completions cut at max_new_tokens: learn from them, mask them, or add DAPO's soft penalty (eq. 13).
+    overlong: Literal["keep", "mask", "penalty"] = "keep"
+    overlong_buffer_tokens: int = 16
+    overlong_penalty: float = 1.0
+    # Truncated importance sampling: cap of exp(training log-probability - rollout log-probability); null: off.
+    tis_cap: float | None = None
+    # Limit of training/rollout_probs_diff_max, and what happens above it; null: measured only.
+    probs_diff_limit: float | None = None
+    on_probs_diff: Literal["stop", "warn"] = "stop"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimizer step. Names are Megatron's."""
+
+    steps: int = 100
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    lr_warmup_steps: int = 0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    # Steps until min_lr is reached; null: `steps`.
+    lr_decay_steps: int | None = None
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    bf16: bool = False
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    # Tokens packed into one microbatch, at most (a longer sequence gets a microbatch of its own).
+    micro_batch_tokens: int = 2048
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: tuple[str, ...] = ()
+    # Gradient with NaN or Inf: end the run and name the parameter, or skip the step and go on.
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning on packed prompt/response rows; the loss is on the response only.
+
+    JSONL rows hold ``prompt`` and ``response``. Procedural tasks write their own traces; ``corrupt_fraction`` of the
+    reasoning steps are wrong and ``malformed_fraction`` of the answers break the format, so that there is something
+    left for reinforcement learning to sharpen.
+    """
+
+    batch_size: int = 128
+    corrupt_fraction: float = 0.0
+    malformed_fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Accuracy on held-out prompts: sampled (``samples_per_prompt`` each at the run's temperature) and greedy."""
+
+    # Steps between evaluations; 0: only at the start and at the end.
+    interval: int = 0
+    num_prompts: int = 256
+    samples_per_prompt: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """``load``: a checkpoint folder, of any parallel layout. Checkpoints are written under the run folder."""
+
+    load: str | None = None
+    # Steps between checkpoints; 0: only at the end.
+    interval: int = 0
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    # Rollouts written to samples.jsonl per step.
+    num_samples: int = 2
+    # "html": one self-contained page; "png": one plot; "none".
+    report: Literal["html", "png", "none"] = "html"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole configuration of one run."""
+
+    stage: Stage = "grpo"
+    name: str = "run"
+    # Never written into when another run is in it.
+    output_dir: str = "runs/run"
+    seed: int = 1234
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
