@@ -1,0 +1,122 @@
+"""Distributed checkpoints of the policy's weights: written by all ranks, read back under any parallel layout.
+
+A checkpoint is a folder in megatron-core's ``torch_dist`` format with a ``checkpoint.json`` beside it. It is written
+under another name and renamed when it is whole: a folder with its final name and a ``checkpoint.json`` is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from r1_megatron.parallel.device import cuda_type_names
+from r1_megatron.parallel.groups import ProcessGroups
+
+_DESCRIPTION = "checkpoint.json"
+
+
+def save_weights(
+    folder: str | Path, chunks: Sequence[torch.nn.Module], groups: ProcessGroups, description: dict[str, Any]
+) -> Path:
+    """Write the weights and selection biases of all ranks into ``folder``. Collective.
+
+    ``description`` is what a reader wants to know (step, model shape); it becomes ``checkpoint.json``.
+
+    Raises:
+        FileExistsError: ``folder`` is there already; nothing is overwritten.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    error = None
+    if dist.get_rank() == 0:
+        if folder.exists():
+            error = f"{folder} exists already. Choose another output_dir or remove it."
+        else:
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+    _raise_together(error, FileExistsError)
+    with cuda_type_names():
+        dist_checkpointing.save(
+            _sharded_state(chunks, groups), str(partial), TorchDistSaveShardedStrategy("torch_dist", 1)
+        )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        _flush(partial / _DESCRIPTION)
+        os.replace(partial, folder)
+    dist.barrier()
+    return folder
+
+
+def load_weights(folder: str | Path, chunks: Sequence[torch.nn.Module], groups: ProcessGroups) -> dict[str, Any]:
+    """Read a checkpoint of any layout into these chunks; answers its description. Collective.
+
+    Raises:
+        FileNotFoundError: no complete checkpoint there.
+        ValueError: it holds another model.
+    """
+    folder = Path(folder)
+    if not (folder / _DESCRIPTION).is_file():
+        raise FileNotFoundError(_what_is_missing(folder))
+    description = json.loads((folder / _DESCRIPTION).read_text())
+    try:
+        with cuda_type_names():
+            state = dist_checkpointing.load(_sharded_state(chunks, groups), str(folder))
+    except (CheckpointingException, KeyError) as error:
+        raise ValueError(f"checkpoint.load: {folder} does not hold this model: {error}") from error
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"chunk{index}"])
+    return description
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """``checkpoint.json`` of a complete checkpoint, without touching any weight."""
+    path = Path(folder) / _DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(_what_is_missing(Path(folder)))
+    return json.loads(path.read_text())
+
+
+def _what_is_missing(folder: Path) -> str:
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():
+        return f"checkpoint.load: {folder} was never finished ({partial.name} is all there is). Load an earlier one."
+    if not folder.exists():
+        return f"checkpoint.load: {folder} does not exist. Run the stage that writes it first."
+    return f"checkpoint.load: {folder} has no {_DESCRIPTION}: it is no complete checkpoint."
+
+
+def _sharded_state(chunks: Sequence[torch.nn.Module], groups: ProcessGroups) -> dict[str, Any]:
+    metadata = {
+        "dp_cp_group": groups.collection.dp_cp,
+        "singleton_local_shards": False,
+        "non_homogeneous_layers": True,
+    }
+    return {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+
+
+def _raise_together(error: str | None, kind: type[Exception]) -> None:
+    """Rank 0's error on every rank, so that none waits for the others."""
+    box = [error]
+    dist.broadcast_object_list(box, src=0)
+    if box[0] is not None:
+        raise kind(box[0])
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

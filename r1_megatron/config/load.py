@@ -1,0 +1,299 @@
+"""From YAML and ``a.b=c`` overrides to a :class:`RunConfig`, and back.
+
+A file holds the tree of ``schema.py``, section by section, and may start from another with ``inherits: other.yaml``.
+What is said later wins::
+
+    the schema's defaults < the model preset < inherited files < the file < overrides
+
+Mappings are merged key by key; lists are replaced as a whole. The preset is the one that wins by the same rule, and it
+only fills ``model`` fields that no file and no override sets.
+
+Nothing is guessed: an unknown key, a wrong type, a duplicate key is a problem, and all of them are reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from r1_megatron.config.presets import PRESETS
+from r1_megatron.config.schema import RunConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. ``problems`` holds one sentence each; the message shows all of them."""
+
+    def __init__(self, problems: Sequence[str], source: str = "configuration"):
+        self.problems = list(problems)
+        self.source = source
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"{count} in {source}:" + "".join(f"\n  - {problem}" for problem in self.problems))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, what it inherits, and the overrides of the command line.
+
+    Args:
+        path: the file. ``inherits`` in it is relative to the folder of the file that says it. All other paths (data,
+            tokenizer, checkpoint, ``output_dir``) are kept as written: relative to the working directory of the run.
+        overrides: ``section.field=value``, the value in YAML (``train.lr=1e-4``, ``sampling.stop=[a, b]``,
+            ``checkpoint.load=null``). A number selects a list entry: ``reward.terms.0.weight=2``.
+
+    Raises:
+        ConfigError: with every unreadable file, unknown key and wrong type found. Whether the values make sense
+            together is asked by :func:`r1_megatron.config.validate.check_config`.
+    """
+    problems: list[str] = []
+    layers = _read_chain(Path(path), problems)
+    changes = [change for text in overrides if (change := _parse_override(text, problems))]
+
+    # Twice: the first tree says which preset has won, the second one stands on it.
+    tree = _overlay(layers, changes, preset=None, problems=[])
+    model = tree.get("model")
+    preset = model.get("preset") if isinstance(model, dict) else None
+    if preset is not None and preset not in PRESETS:
+        problems.append(_unknown("model.preset", f"no preset {_show(preset)}", str(preset), list(PRESETS)))
+        preset = None
+    tree = _overlay(layers, changes, preset, problems)
+
+    config = _build(RunConfig, tree, "", problems)
+    if problems:
+        raise ConfigError(problems, str(path))
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every field written out; :func:`load_config` reads back an equal one."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading.
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that remembers keys given twice (PyYAML keeps the last one without a word)."""
+
+    duplicates: list[str]
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in seen:
+                self.duplicates.append(f"key {key!r} is given twice, on lines {seen[key]} and {line}.")
+            seen[key] = line
+        return super().construct_mapping(node, deep=True)
+
+
+def _parse(text: str, source: str, problems: list[str]) -> Any:
+    """The YAML value of ``text``; ``None``, and a problem, if it is none."""
+    loader = _Loader(text)
+    loader.duplicates = []
+    try:
+        value = loader.get_single_data()
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        problems.append(f"{source}: not valid YAML: {' '.join(str(error).split())}")
+        return None
+    finally:
+        loader.dispose()
+    problems += [f"{source}: {duplicate}" for duplicate in loader.duplicates]
+    return value
+
+
+def _read_chain(path: Path, problems: list[str]) -> list[tuple[str, dict]]:
+    """``(file name, tree)`` of a file and all that it inherits, the oldest ancestor first."""
+    chain: list[tuple[str, dict]] = []
+    seen: list[Path] = []
+    current: Path | None = path
+    while current is not None:
+        resolved = current.resolve()
+        if resolved in seen:
+            names = " -> ".join(p.name for p in [*seen[seen.index(resolved) :], resolved])
+            problems.append(f"inherits: the files inherit each other in a circle: {names}.")
+            break
+        seen.append(resolved)
+        try:
+            text = current.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            heir = f", inherited by {chain[0][0]}" if chain else ""
+            problems.append(f"{current}: cannot be read: {reason}{heir}.")
+            break
+        tree = _parse(text, str(current), problems)
+        if tree is None:
+            tree = {}
+        if not isinstance(tree, dict):
+            problems.append(f"{current}: expected sections (model:, parallel:, ...), got {_show(tree)}.")
+            break
+        parent = tree.pop("inherits", None)
+        chain.insert(0, (str(current), tree))
+        if parent is not None and not isinstance(parent, str):
+            problems.append(f"{current}: inherits: expected the name of one file, got {_show(parent)}.")
+            break
+        current = current.parent / parent if parent else None
+    return chain
+
+
+def _parse_override(text: str, problems: list[str]) -> tuple[str, list[str], Any] | None:
+    """``a.b=c`` as ``(text, [a, b], value)``."""
+    name, equals, value = text.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        problems.append(f"override {text!r}: expected section.field=value, for instance train.lr=1e-4.")
+        return None
+    count = len(problems)
+    parsed = _parse(value, f"override {text!r}", problems)
+    return None if len(problems) > count else (text, keys, parsed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merging.
+
+
+def _overlay(
+    layers: list[tuple[str, dict]], changes: list[tuple[str, list[str], Any]], preset: str | None, problems: list[str]
+) -> dict:
+    """Defaults, preset, files and overrides as one tree, the later one winning."""
+    tree = _plain(asdict(RunConfig()))
+    if preset is not None:
+        tree["model"].update(PRESETS[preset])
+    for _, layer in layers:
+        tree = _merge(tree, layer)
+    for text, keys, value in changes:
+        _set(tree, keys, value, text, problems)
+    return tree
+
+
+def _merge(below: Any, above: Any) -> Any:
+    """``above`` over ``below``: mappings key by key, everything else replaced. An empty section changes nothing."""
+    if isinstance(below, dict) and above is None:
+        return below
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {
+        key: _merge(below[key], above[key]) if key in below and key in above else {**below, **above}[key]
+        for key in {**below, **above}
+    }
+
+
+def _set(tree: dict, keys: list[str], value: Any, text: str, problems: list[str]) -> None:
+    """Write one override into the tree, in place. A key that is not there is made: ``_build`` judges names."""
+    node: Any = tree
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        where = ".".join(keys[:depth])
+        if isinstance(node, list):
+            if not key.isdecimal() or int(key) >= len(node):
+                problems.append(
+                    f"override {text!r}: {where} has {len(node)} entries; expected a number "
+                    f"from 0 to {len(node) - 1} after it, got {key!r}."
+                )
+                return
+            key = int(key)
+        elif not isinstance(node, dict):
+            problems.append(f"override {text!r}: {where} is {_show(node)} and has no fields.")
+            return
+        if last:
+            known = node[key] if isinstance(node, list) else node.get(key)
+            node[key] = _merge(known, value)
+        else:
+            node = node[key] if isinstance(node, list) else node.setdefault(key, {})
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, so that the tree is what YAML knows."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking types and building. ``path`` is the dotted name of the value, for messages.
+
+LARGEST = sys.float_info.max  # NaN and infinity fail the comparison with it
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def _build(kind: type, tree: Any, path: str, problems: list[str]) -> Any:
+    """A dataclass of ``kind`` from its mapping; with a problem reported, its defaults stand in."""
+    if not isinstance(tree, dict):
+        problems.append(f"{path}: expected a section with fields, got {_show(tree)}.")
+        return kind()
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in fields(kind)]
+    dotted = f"{path}." if path else ""
+    for key in tree:
+        if key not in names:
+            problems.append(_unknown(f"{dotted}{key}", "unknown key", str(key), names, dotted))
+    values = {name: _convert(hints[name], tree[name], dotted + name, problems) for name in names if name in tree}
+    return kind(**values)
+
+
+def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """``value`` as the type that ``hint`` asks for; otherwise a problem, and the value unchanged."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (inner,) = [arg for arg in args if arg is not type(None)]
+        return _convert(inner, value, path, problems)
+    if is_dataclass(hint):
+        return _build(hint, value, path, problems)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(args[0], entry, f"{path}.{i}", problems) for i, entry in enumerate(value))
+    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return value
+    if origin is Literal:
+        if isinstance(value, str) and value in args:
+            return value
+        problems.append(_unknown(path, f"{_show(value)} is not a choice", str(value), list(args)))
+        return value
+    if hint is float:
+        if isinstance(value, str) and _FLOAT.fullmatch(value):
+            value = float(value)  # PyYAML reads 1e-4 as text: YAML 1.1 wants 1.0e-4
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST:
+            return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    problems.append(f"{path}: expected {_describe(hint)}, got {_show(value)}.")
+    return value
+
+
+def _describe(hint: Any) -> str:
+    named = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    if typing.get_origin(hint) is tuple:
+        return "a list"
+    if typing.get_origin(hint) is dict:
+        return "a mapping with text keys"
+    return named[hint]
+
+
+def _unknown(path: str, what: str, got: str, known: Sequence[str], dotted: str = "") -> str:
+    """A message that names the nearest right name, or all of them where none is near."""
+    near = difflib.get_close_matches(got, known, n=1, cutoff=0.6)
+    if near:
+        return f"{path}: {what}. Did you mean {dotted}{near[0]}?"
+    return f"{path}: {what}. Known: {', '.join(known)}."
+
+
+def _show(value: Any) -> str:
+    """A value as the YAML or JSON reader would write it, cut to a line."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,435 @@
+"""Starts the ranks of one node, watches over them, and says what went wrong when one of them dies.
+
+The launcher side is :func:`launch`, generic over the command; the rank side is :func:`run_as_rank`. What they promise:
+
+1. If one rank dies, all others are ended within seconds, and the rank that failed *first* is named with its reason:
+   the others then fail too, with connection errors, which are not the cause.
+2. Ctrl-C, SIGTERM or a closed terminal ends every rank within seconds; a second Ctrl-C does not wait.
+3. If the launcher itself is killed, even by SIGKILL, the ranks end too.
+4. No two launches on one machine get the same rendezvous port.
+
+No torch here: the launcher starts at once and reports bad input at once. Processes that ``torchrun`` or ``srun``
+started are ranks already; :func:`adopt_rank` recognises them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1_megatron.telemetry.host import available_cores, available_memory_bytes
+from r1_megatron.telemetry.memory import processes_bytes
+from r1_megatron.telemetry.run_folder import write_json
+
+GRACE_S = 5.0  # between asking a rank to end and ending it
+SETTLE_S = 0.5  # after the first failure: time for other ranks to say that they failed before it, or likewise
+POLL_S = 0.1
+MEMORY_SAMPLE_S = 0.5
+
+_LAUNCHER_PID = "R1_MEGATRON_LAUNCHER_PID"
+_LOG_DIR = "R1_MEGATRON_LOG_DIR"
+
+# Errors of this kind are what the other ranks see when one rank dies.
+_CONSEQUENCE = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|closed by peer|remote process|socket|gloo|nccl|"
+    r"DistBackendError|DistNetworkError|DistStoreError|ConnectionError|timed? ?out|barrier",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """Why a rank ended the run.
+
+    Attributes:
+        ranks: the rank, and those that failed with the very same message.
+        exit_code: as the shell gives it: 128 + n for signal n.
+        reason: one or more lines for the user.
+        tail: the last lines of the log, where the reason alone does not explain itself.
+    """
+
+    ranks: tuple[int, ...]
+    exit_code: int
+    reason: str
+    tail: tuple[str, ...]
+    log: Path
+
+    def message(self) -> str:
+        who = f"rank {self.ranks[0]}" if len(self.ranks) == 1 else f"ranks {', '.join(map(str, self.ranks))}"
+        lines = [f"{who} {self.reason}"]
+        if self.tail:
+            lines += [f"last lines of {self.log}:", *(f"    {line}" for line in self.tail)]
+        else:
+            lines.append(f"(the traceback is in {self.log})")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    """How the ranks ended. ``peak_memory_bytes`` is the most that all of them held at one moment."""
+
+    exit_code: int
+    seconds: float
+    peak_memory_bytes: int
+    memory_kind: str
+    failure: RankFailure | None = None
+    interrupted_by: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------ the launcher's side
+
+
+def launch(
+    command: Sequence[str],
+    world_size: int,
+    *,
+    log_dir: str | Path,
+    env: dict[str, str] | None = None,
+    grace_s: float = GRACE_S,
+) -> LaunchResult:
+    """Run ``command`` once per rank on this node and wait until all have ended.
+
+    The standard output of rank 0 is passed through; everything else goes to ``log_dir/rank_<N>.log``.
+
+    Args:
+        command: the program and its arguments; the rank comes in through the environment (see `rank_environment`).
+        env: the environment to build on, this process's by default.
+        grace_s: seconds between asking the ranks to end and killing them.
+    """
+    log_dir = Path(log_dir)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    base = dict(os.environ if env is None else env)
+    ranks: list[_Rank] = []
+    with _reserved_port() as port, _caught_signals() as caught:
+        try:
+            for rank in range(world_size):
+                ranks.append(_Rank(command, rank, rank_environment(rank, world_size, port, log_dir, base), log_dir))
+            memory = _watch(ranks, caught)
+            failure = None
+            if not caught and any(rank.failed for rank in ranks):
+                _settle(ranks, caught)
+                # Read before the others are told to end: what they say afterwards is not the cause.
+                failure = _first_failure(ranks, memory)
+        finally:
+            _stop(ranks, grace_s, caught)
+    seconds = time.monotonic() - start
+    interrupted_by = signal.Signals(caught[0]).name if caught and failure is None else None
+    exit_code = failure.exit_code if failure else 128 + caught[0] if interrupted_by else 0
+    return LaunchResult(exit_code, seconds, memory.peak_bytes, memory.kind, failure, interrupted_by)
+
+
+def rank_environment(rank: int, world_size: int, port: int, log_dir: Path, base: dict[str, str]) -> dict[str, str]:
+    """``base`` with what ``torch.distributed`` reads; settings the user made for threads and interfaces stay."""
+    env = dict(base)
+    env.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        PYTHONUNBUFFERED="1",
+    )
+    env[_LAUNCHER_PID] = str(os.getpid())
+    env[_LOG_DIR] = str(log_dir)
+    # Otherwise every rank starts a thread per core, and N ranks fight over them.
+    env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // world_size)))
+    if Path("/sys/class/net/lo").exists():
+        # All ranks are here: never depend on how this machine's host name resolves.
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return env
+
+
+class _Rank:
+    """One child process and its files."""
+
+    def __init__(self, command: Sequence[str], rank: int, env: dict[str, str], log_dir: Path) -> None:
+        self.rank = rank
+        self.log = log_dir / f"rank_{rank}.log"
+        self._record_path = log_dir / f"rank_{rank}.error.json"
+        self._record_path.unlink(missing_ok=True)
+        self.last_seen_alive = time.monotonic()
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                list(command),
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=None if rank == 0 else log,
+                stderr=log,
+                # Ctrl-C in the terminal reaches the launcher only, which then ends the ranks in order.
+                start_new_session=True,
+            )
+
+    def alive(self) -> bool:
+        now = time.monotonic()
+        if self.process.poll() is None:
+            self.last_seen_alive = now
+            return True
+        return False
+
+    @property
+    def failed(self) -> bool:
+        return self.process.returncode not in (None, 0)
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What the rank wrote about its exception; ``None`` if it died without a word, or has not failed."""
+        try:
+            return json.loads(self._record_path.read_text())
+        except (OSError, ValueError):
+            return None
+
+
+class _Memory:
+    """Peak memory of all ranks together. A sample walks the page tables, so it is taken rarely where it is slow."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self.kind = "pss"
+        self._next = 0.0
+
+    def sample(self, ranks: Sequence[_Rank]) -> None:
+        start = time.monotonic()
+        if start < self._next:
+            return
+        amount, kind = processes_bytes(rank.process.pid for rank in ranks if rank.process.returncode is None)
+        if amount > self.peak_bytes:
+            self.peak_bytes, self.kind = amount, kind
+        end = time.monotonic()
+        self._next = end + max(MEMORY_SAMPLE_S, 20 * (end - start))
+
+
+def _watch(ranks: Sequence[_Rank], caught: list[int]) -> _Memory:
+    """Wait until every rank ended well, one failed, or a signal came."""
+    memory = _Memory()
+    while not caught:
+        alive = [rank.alive() for rank in ranks]
+        if not any(alive) or any(rank.failed for rank in ranks):
+            break
+        memory.sample(ranks)
+        time.sleep(POLL_S)
+    return memory
+
+
+def _settle(ranks: Sequence[_Rank], caught: list[int]) -> None:
+    deadline = time.monotonic() + SETTLE_S
+    while not caught and time.monotonic() < deadline and any([rank.alive() for rank in ranks]):
+        time.sleep(POLL_S / 2)
+
+
+def _first_failure(ranks: Sequence[_Rank], memory: _Memory) -> RankFailure:
+    """The rank whose failure is the cause: the earliest among those that do not look like a consequence."""
+
+    def order(rank: _Rank) -> tuple[bool, float]:
+        record = rank.record
+        if record is not None:
+            return bool(record["consequence"]), record["time"]
+        # Died without a word, some time after it was last seen alive. abort() is how a communication library gives up.
+        return rank.process.returncode == -signal.SIGABRT, rank.last_seen_alive
+
+    first = min((rank for rank in ranks if rank.failed or rank.record is not None), key=order)
+    record, code = first.record, first.process.returncode
+    if record is not None:
+        same = tuple(r.rank for r in ranks if (other := r.record) and other["message"] == record["message"])
+        reason = f"failed: {record['message']}" if record["spoken"] else f"failed with {record['message']}"
+        tail = () if record["spoken"] else _last_lines(first.log)
+        return RankFailure(same, code if code and code > 0 else 1, reason, tail, first.log)
+    if code is not None and code < 0:
+        reason = f"was killed by {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            reason += (
+                ". Not by this launcher: the usual cause is the kernel's out-of-memory killer "
+                f"(all ranks together held {memory.peak_bytes / 1e9:.1f} GB at their peak, "
+                f"this machine has {available_memory_bytes() / 1e9:.1f} GB)"
+            )
+        return RankFailure((first.rank,), 128 - code, reason, _last_lines(first.log), first.log)
+    return RankFailure((first.rank,), code or 1, f"ended with exit code {code}", _last_lines(first.log), first.log)
+
+
+def _last_lines(path: Path, num_lines: int = 20) -> tuple[str, ...]:
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - 16384))
+        lines = [line.rstrip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return tuple(lines[-num_lines:]) or ("(empty)",)
+
+
+def _stop(ranks: Sequence[_Rank], grace_s: float, caught: list[int]) -> None:
+    """End every rank that still runs and whatever its ranks left behind: first asked, then killed."""
+    for rank in ranks:
+        if rank.alive():
+            rank.process.terminate()
+    deadline = time.monotonic() + grace_s
+    while len(caught) < 2 and time.monotonic() < deadline and any([rank.alive() for rank in ranks]):
+        time.sleep(POLL_S / 2)
+    for rank in ranks:
+        # A rank leads its own process group, so this also ends the helpers it started.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(rank.process.pid, signal.SIGKILL)
+        rank.process.wait()
+
+
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A free TCP port that stays ours until the ranks use it.
+
+    A port that is merely found free may be taken before rank 0 listens on it. This socket stays bound for the whole
+    run; with SO_REUSEADDR set on it, and it not listening, the rendezvous store (which sets it too) may listen there,
+    while the kernel gives the port to nobody who asks for "any".
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """Collects SIGINT, SIGTERM and SIGHUP instead of dying of them. One that was ignored (nohup) stays ignored."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught  # only the main thread may set handlers
+        return
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, lambda received, _frame: caught.append(received))
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------- the rank's side
+
+
+def adopt_rank(environ: MutableMapping[str, str] = os.environ) -> bool:
+    """True if this process already is a rank that ``torchrun``, ``srun`` or :func:`launch` started.
+
+    Under ``srun`` the variables of ``torch.distributed`` are filled in from Slurm's. A batch script's own shell is not
+    a rank: only the tasks of a job step with more than one task are.
+
+    Raises:
+        ValueError: only some of the variables are there.
+    """
+    if "RANK" not in environ and "WORLD_SIZE" not in environ:
+        if "SLURM_PROCID" not in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+            return False
+        local_rank = int(environ["SLURM_LOCALID"])
+        # With one GPU bound to each task, every task sees its own as number 0.
+        num_visible = len([name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name])
+        environ["RANK"] = environ["SLURM_PROCID"]
+        environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
+        environ["LOCAL_RANK"] = str(local_rank % num_visible if num_visible else local_rank)
+        environ.setdefault("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"]))
+        # The same on all tasks, different for jobs and steps that share the first node.
+        job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", "0"))
+        environ.setdefault("MASTER_PORT", str(20000 + (job + 101 * step) % 10000))
+        return True
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
+    if missing:
+        raise ValueError(
+            f"RANK or WORLD_SIZE is set in the environment, but {', '.join(missing)} is not. Unset them to let "
+            "r1-megatron launch its own ranks, or start under torchrun or srun, which set all of them."
+        )
+    environ.setdefault("LOCAL_RANK", environ["RANK"])
+    return True
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list.
+
+    Example:
+        >>> first_host("gpu[003-010,12],login1"), first_host("a-1,b-2")
+        ('gpu003', 'a-1')
+    """
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodelist)
+    if match is None:
+        raise ValueError(f"SLURM_STEP_NODELIST: cannot read {nodelist!r}. Set MASTER_ADDR to the first node's name.")
+    return "".join(part or "" for part in match.groups())
+
+
+def run_as_rank(body: Callable[[], None]) -> int:
+    """Run ``body`` as this process's rank and return the exit code.
+
+    A failure is recorded for the launcher, its traceback goes to the standard error, and the process ends at once:
+    tearing down process groups whose other members are gone can hang.
+    """
+    faulthandler.enable()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # files are closed on the way out, as on Ctrl-C
+    watch_launcher()
+    try:
+        body()
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            return 0
+        traceback.print_exc()
+        _record_failure(error)
+        code = 1
+    else:
+        return 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def watch_launcher(interval_s: float = 1.0) -> None:
+    """End this rank, with the helpers it started, once the launcher is gone. Without a launcher: nothing to do."""
+    launcher = os.environ.get(_LAUNCHER_PID)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(launcher):  # an orphan gets another parent
+            time.sleep(interval_s)
+        if os.getpgid(0) == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-launcher", daemon=True).start()
+
+
+def _record_failure(error: BaseException) -> None:
+    spoken = is_spoken(error)
+    kind = type(error).__name__
+    message = str(error) if spoken else f"{kind}: {error}"
+    log_dir = os.environ.get(_LOG_DIR)
+    if log_dir is None:
+        return  # torchrun and srun show the traceback on their own
+    write_json(
+        Path(log_dir) / f"rank_{os.environ['RANK']}.error.json",
+        {
+            "time": time.monotonic(),  # the same clock for all processes of a machine
+            "message": message,
+            "spoken": spoken,
+            "consequence": not spoken and bool(_CONSEQUENCE.search(f"{kind}: {error}")),
+        },
+    )
+
+
+def is_spoken(error: BaseException) -> bool:
+    """True if this package raised ``error`` itself, in words for the user, so that no traceback need explain it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or isinstance(error, (AssertionError, NotImplementedError)):
+        return False
+    package = Path(__file__).resolve().parent.parent
+    raised_by_us = (frames[-1].line or "").startswith("raise ")
+    return raised_by_us and package in Path(frames[-1].filename).resolve().parents

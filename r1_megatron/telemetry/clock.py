@@ -1,0 +1,43 @@
+"""Where the seconds of a step go: named phases, read out once per step as ``timing_s/<phase>``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Adds up wall-clock seconds per phase. Phases may nest and repeat; each counts its own full duration.
+
+    The device may still be busy when a phase ends: whoever times a GPU phase synchronises before it closes.
+
+    Example:
+        >>> clock = Clock()
+        >>> with clock("rollout"):
+        ...     pass
+        >>> sorted(clock.take())
+        ['timing_s/rollout', 'timing_s/step']
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._seconds: dict[str, float] = {}
+        self._last_take = now()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - start
+
+    def take(self) -> dict[str, float]:
+        """Seconds per phase since the last call, with ``timing_s/step``: all the time that passed. Starts anew."""
+        now = self._now()
+        seconds = {f"timing_s/{phase}": value for phase, value in self._seconds.items()}
+        seconds["timing_s/step"] = now - self._last_take
+        self._seconds = {}
+        self._last_take = now
+        return seconds

@@ -1,0 +1,273 @@
+"""What a run writes while it goes: metrics, samples, TensorBoard, wandb, and a line on the screen per step.
+
+The stage file sees one object::
+
+    with RunLog(cfg.output_dir, total_steps=cfg.train.steps, is_writer=rank == 0, world_size=8) as log:
+        for step in range(1, cfg.train.steps + 1):
+            with log.clock("rollout"):
+                ...
+            log.samples(step, rows)
+            log.write(step, metrics.result())
+
+Every line is flushed when it is written, so whatever ends the run (an exception, Ctrl-C, a kill) leaves whole files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from r1_megatron.telemetry.clock import Clock
+from r1_megatron.telemetry.memory import peak_rss_bytes
+from r1_megatron.telemetry.run_folder import METRICS, SAMPLES
+
+# The progress line: label, metric, format. A metric that a step does not have leaves no gap.
+_PROGRESS = (
+    ("loss", "train/loss", "{:.4f}"),
+    ("reward", "critic/rewards/mean", "{:.3f}"),
+    ("len", "response_length/mean", "{:.1f}"),
+    ("entropy", "actor/entropy", "{:.3f}"),
+    ("kl", "actor/ppo_kl", "{:.1e}"),
+    ("grad", "actor/grad_norm", "{:.2f}"),
+    ("probs diff", "training/rollout_probs_diff_max", "{:.1e}"),
+)
+
+
+class Writer(Protocol):
+    """Where the numbers of a step go."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """Appends one JSON object per line and flushes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsFile(JsonLines):
+    """``metrics.jsonl``: ``{"step": 3, "time": <Unix seconds>, "<name>": <number>, ...}``, one line per call.
+
+    NaN and infinity are not JSON. They become ``null``, so every parser reads the file and every plot shows a gap, and
+    ``"nonfinite": {"<name>": "nan" | "inf" | "-inf"}`` in the same line says what stood there.
+    """
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        nonfinite = {name: str(value) for name, value in metrics.items() if not math.isfinite(value)}
+        row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        row.update({name: None if name in nonfinite else value for name, value in metrics.items()})
+        if nonfinite:
+            row["nonfinite"] = nonfinite
+        self.append(row)
+
+
+class TensorBoard:
+    """The same metrics as TensorBoard events (``tensorboard --logdir runs``)."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # seconds of import: only where it is wanted
+
+        self._events = SummaryWriter(str(folder))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class Wandb:
+    """The same metrics on wandb."""
+
+    def __init__(self, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+        require_wandb()
+        import wandb
+
+        self._run = wandb.init(project=project, name=name, dir=str(folder), config=dict(config))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def require_wandb() -> None:
+    """Raises ValueError where wandb is not installed."""
+    if find_spec("wandb") is None:
+        raise ValueError(
+            "telemetry.wandb_project is set, but wandb is not installed. "
+            "Install it with: pip install 'r1_megatron[track]', or set telemetry.wandb_project=null."
+        )
+
+
+class RunLog:
+    """Everything a stage says about its run. On ranks other than the writer every call is free and does nothing,
+    except the clock, which runs everywhere so that the caller may reduce its times.
+
+    Args:
+        folder: the run folder, made if absent. It must not hold metrics yet.
+        total_steps: for "step 12/100" and the time left.
+        is_writer: true on one rank.
+        world_size: ranks, for the per-GPU rate.
+        num_samples: rollouts kept in ``samples.jsonl`` per call of :meth:`samples`, at most.
+        config: the resolved configuration as plain data, for wandb.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        total_steps: int,
+        is_writer: bool = True,
+        world_size: int = 1,
+        num_samples: int = 2,
+        tensorboard: bool = True,
+        wandb_project: str | None = None,
+        name: str = "run",
+        config: Mapping[str, Any] | None = None,
+        first_step: int = 1,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.clock = Clock()
+        self._progress = Progress(total_steps, first_step)
+        self._is_writer = is_writer
+        self._world_size = world_size
+        self._num_samples = num_samples
+        self._stream = stream
+        self._writers: list[Writer] = []
+        self._samples: JsonLines | None = None
+        if not is_writer:
+            return
+        metrics_path = self.folder / METRICS
+        if first_step == 1 and metrics_path.is_file() and metrics_path.stat().st_size > 0:
+            raise ValueError(
+                f"output_dir: {self.folder} already holds the metrics of another run. Choose another output_dir."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._writers.append(MetricsFile(metrics_path))
+            self._samples = JsonLines(self.folder / SAMPLES)
+            if tensorboard:
+                self._writers.append(TensorBoard(self.folder / "tensorboard"))
+            if wandb_project is not None:
+                self._writers.append(Wandb(wandb_project, name, self.folder, config or {}))
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One finished step: adds ``timing_s/*`` from the clock and the derived ``perf/*``, writes and shows it.
+
+        With ``perf/total_num_tokens`` (prompt and response tokens of the step, all ranks) among the metrics the rates
+        are derived from it. ``perf/cpu_memory_used_gb`` is the writer's peak resident set, 1e9 bytes.
+        """
+        row = {**metrics, **self.clock.take()}
+        seconds = row["timing_s/step"]
+        if "perf/total_num_tokens" in row and seconds > 0:
+            row.setdefault("perf/throughput", row["perf/total_num_tokens"] / seconds)
+            row.setdefault("perf/tokens_per_second_per_gpu", row["perf/throughput"] / self._world_size)
+        row["perf/cpu_memory_used_gb"] = peak_rss_bytes() / 1e9
+        self._record(step, row)
+        self.note(self._progress.line(step, row))
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Results on held-out prompts after ``step`` updates, under ``eval/<name>``. The clock is left alone."""
+        row = {name if name.startswith("eval/") else f"eval/{name}": value for name, value in metrics.items()}
+        self._record(step, row)
+        shown = " | ".join(f"{name.removeprefix('eval/').replace('_', ' ')} {value:.3f}" for name, value in row.items())
+        self.note(f"held out, step {step} | {shown}")
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Keep rollouts to read: ``prompt``, ``response``, ``label``, ``reward``, ``components``, ``finish``,
+        ``prompt_tokens``, ``response_tokens``; only JSON types. The first ``num_samples`` rows are written."""
+        if self._samples is None:
+            return
+        for _, row in zip(range(self._num_samples), rows):
+            self._samples.append({"step": step, **_without_nonfinite(row)})
+
+    def note(self, text: str) -> None:
+        """A line on the writer's screen."""
+        if self._is_writer:
+            print(text, file=self._stream or sys.stdout, flush=True)
+
+    def close(self) -> None:
+        """Close every file. May be called twice."""
+        writers, self._writers = self._writers, []
+        samples, self._samples = self._samples, None
+        for closable in (samples, *writers):
+            if closable is not None:
+                closable.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _record(self, step: int, row: Mapping[str, float]) -> None:
+        numbers = {name: float(value) for name, value in row.items()}
+        for writer in self._writers:
+            writer.write(step, numbers)
+
+
+class Progress:
+    """The line on the screen. The time left is the mean time between the last steps times the steps to go."""
+
+    def __init__(self, total_steps: int, first_step: int = 1, window: int = 20) -> None:
+        self._total_steps = total_steps
+        self._before_first = first_step - 1
+        self._marks: deque[tuple[int, float]] = deque([(self._before_first, time.monotonic())], maxlen=window + 1)
+
+    def line(self, step: int, metrics: Mapping[str, float], now: float | None = None) -> str:
+        now = time.monotonic() if now is None else now
+        self._marks.append((step, now))
+        width = len(str(self._total_steps))
+        parts = [f"step {step:{width}d}/{self._total_steps}"]
+        parts += [f"{label} {form.format(metrics[name])}" for label, name, form in _PROGRESS if name in metrics]
+        if "timing_s/step" in metrics:
+            parts.append(f"{metrics['timing_s/step']:.1f} s")
+        first_step, first_time = self._marks[0]
+        if step < self._total_steps and step > first_step:
+            parts.append(f"ETA {duration((now - first_time) / (step - first_step) * (self._total_steps - step))}")
+        return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """``8s``, ``3m05s``, ``2h07m``, ``4d02h``."""
+    whole = max(round(seconds), 0)
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if days:
+        return f"{days}d{hours % 24:02d}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def _without_nonfinite(value: Any) -> Any:
+    """NaN and infinity as text (a reward may be one); everything else unchanged."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    return [_without_nonfinite(item) for item in value] if isinstance(value, (list, tuple)) else value
