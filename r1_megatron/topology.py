@@ -331,16 +331,16 @@ def placement_problems(parallel: ParallelConfig, num_layers: int, mtp_num_layers
         return problems
 
     middle_layers, middle_ranks = num_layers - sum(stated.values()), pp - len(stated)
-    formula = f"model.num_layers({num_layers})" + "".join(f" - {end}({count})" for end, count in stated.items())
+    formula = f"model.num_layers({num_layers})"
+    if stated:
+        formula += "".join(f" - {end}({count})" for end, count in stated.items()) + f" = {middle_layers}"
     ranks = "middle ranks" if stated else "pipeline ranks"
     if middle_ranks == 0:
         if middle_layers:
-            problems.append(
-                f"parallel: {formula} = {middle_layers} layers are left and no rank is: make the counts add up."
-            )
+            problems.append(f"parallel: {formula} layers are left and no rank is: make the counts add up.")
     elif middle_layers < middle_ranks or middle_layers % middle_ranks:
         problems.append(
-            f"parallel: {formula} = {middle_layers} layers do not divide over {middle_ranks} {ranks}. Set "
+            f"parallel: {formula} layers do not divide over {middle_ranks} {ranks}. Set "
             f"parallel.num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage, a layout string, "
             f"or another parallel.pipeline_model_parallel_size."
         )

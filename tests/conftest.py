@@ -11,7 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-from tests.rank_pool import RankPool  # noqa: E402
+from tests.rank_pool import RankPool
 
 
 @pytest.fixture(scope="session")

@@ -30,8 +30,15 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 from r1_megatron.config.schema import ModelConfig
 
-# Four layers (one dense), MLA with low-rank queries, 8 experts in 4 groups, and YaRN: everything DeepSeek-V3 has.
-TINY = ModelConfig(rope_type="yarn", original_max_position_embeddings=64, moe_router_bias_update_rate=0.0)
+# Four layers (one dense), MLA with low-rank queries, 8 experts in 4 groups, and YaRN: everything DeepSeek-V3 has. The
+# vocabulary is odd, so that tensor parallelism has to pad it.
+TINY = ModelConfig(
+    vocab_size=259,
+    rope_type="yarn",
+    max_position_embeddings=2560,
+    original_max_position_embeddings=64,
+    moe_router_bias_update_rate=0.0,
+)
 TINY_ROPE = replace(TINY, rope_type="rope")
 TINY_FULL_RANK_QUERY = replace(TINY, q_lora_rank=None)
 TINY_MTP = replace(TINY, mtp_num_layers=1, mtp_loss_scaling_factor=0.3)
@@ -251,7 +258,7 @@ class Sequences:
     weights: list[torch.Tensor]
 
 
-def sequences(num: int = 16, low: int = 6, high: int = 40, vocab_size: int = 260, seed: int = 11) -> Sequences:
+def sequences(num: int = 16, low: int = 6, high: int = 40, vocab_size: int = 259, seed: int = 11) -> Sequences:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(low, high + 1, (num,), generator=generator).tolist()
     tokens = [torch.randint(0, vocab_size, (n,), generator=generator) for n in lengths]
@@ -327,13 +334,14 @@ def weighted_nll(
         if seen.mtp_logits is not None:
             mtp = (token_nll(seen.mtp_logits, tokens, shift=2) * weight[1:-1]).sum()
             total = total + oracle.config.mtp_loss_scaling_factor * mtp
-            out.mtp_loss += float(mtp)
+            out.mtp_loss += mtp.item()
         if aux_weights is not None:
-            aux = aux_weights[i] * sum(sequence_balance_loss(s, r) for s, r in zip(seen.scores, seen.routing))
+            losses = [sequence_balance_loss(s, r) for s, r in zip(seen.scores, seen.routing)]
+            aux = aux_weights[i] * torch.stack(losses).sum()
             total = total + aux
-            out.aux_loss += float(aux)
+            out.aux_loss += aux.item()
         total.backward()
-        out.loss += float(main)
+        out.loss += main.item()
         out.nll.append(nll.detach())
         out.routing.append([r.detach() for r in seen.routing])
         out.margin = min(out.margin, seen.margin)

@@ -5,8 +5,8 @@ What is said later wins::
 
     the schema's defaults < the model preset < inherited files < the file < overrides
 
-Mappings are merged key by key; lists are replaced as a whole. The preset is the one that wins by the same rule, and it
-only fills ``model`` fields that no file and no override sets.
+Sections are merged field by field; a field that holds a list or a mapping is replaced as a whole. The preset is the one
+that wins by the same rule, and it only fills ``model`` fields that no file and no override sets.
 
 Nothing is guessed: an unknown key, a wrong type, a duplicate key is a problem, and all of them are reported at once.
 """
@@ -177,16 +177,15 @@ def _overlay(
     return tree
 
 
-def _merge(below: Any, above: Any) -> Any:
-    """``above`` over ``below``: mappings key by key, everything else replaced. An empty section changes nothing."""
-    if isinstance(below, dict) and above is None:
-        return below
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
-    return {
-        key: _merge(below[key], above[key]) if key in below and key in above else {**below, **above}[key]
-        for key in {**below, **above}
-    }
+def _merge(below: dict, above: dict) -> dict:
+    """``above`` over ``below``: sections field by field, a field as a whole. An empty section changes nothing."""
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(below.get(key), dict) and (value is None or isinstance(value, dict)):
+            merged[key] = {**below[key], **(value or {})}
+        else:
+            merged[key] = value
+    return merged
 
 
 def _set(tree: dict, keys: list[str], value: Any, text: str, problems: list[str]) -> None:
@@ -206,11 +205,12 @@ def _set(tree: dict, keys: list[str], value: Any, text: str, problems: list[str]
         elif not isinstance(node, dict):
             problems.append(f"override {text!r}: {where} is {_show(node)} and has no fields.")
             return
-        if last:
-            known = node[key] if isinstance(node, list) else node.get(key)
-            node[key] = _merge(known, value)
-        else:
+        if not last:
             node = node[key] if isinstance(node, list) else node.setdefault(key, {})
+        elif node is tree:
+            tree.update(_merge(tree, {key: value}))
+        else:
+            node[key] = value
 
 
 def _plain(value: Any) -> Any:

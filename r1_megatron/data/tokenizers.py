@@ -116,9 +116,7 @@ class SentencePieceTokenizer:
         if eos_token is not None and self._processor.id_to_piece(eos) != eos_token:
             raise ValueError(f"tokenizer.eos_token: {name} has no piece {eos_token!r}. Leave it out or name a piece.")
         if eos < 0:
-            raise ValueError(
-                f"tokenizer.eos_token: {name} has no end-of-sentence piece. Name the piece that ends text."
-            )
+            raise ValueError(f"tokenizer.eos_token: {name} has no end-of-sentence piece. Name the one that ends text.")
         return eos
 
     def encode(self, text: str) -> list[int]:

@@ -63,10 +63,11 @@ def token_statistics(
     assert logits_TV.dim() == 2, f"logits must be [T, V], got {tuple(logits_TV.shape)}"
     assert targets_T.shape == logits_TV.shape[:1], f"targets must be [{logits_TV.shape[0]}], got {targets_T.shape}"
     assert temperature > 0, f"temperature must be positive, got {temperature}"
-    if vocab_size is None:
+    num_real = logits_TV.shape[1]
+    if vocab_size is not None:
+        num_real = min(max(vocab_size - vocab_start, 0), num_real)
+    else:
         assert group is None or group.size() == 1, "a shard cannot tell the vocabulary's size: pass vocab_size"
-        vocab_size = vocab_start + logits_TV.shape[1]
-    num_real = min(max(vocab_size - vocab_start, 0), logits_TV.shape[1])
     logprobs_T, entropy_T = _TokenStatistics.apply(
         logits_TV, targets_T, vocab_start, num_real, group, temperature, need_entropy
     )

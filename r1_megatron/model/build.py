@@ -24,7 +24,6 @@ def build_model(cfg: RunConfig, groups: ProcessGroups) -> list[PolicyModel]:
     """
     transformer_engine = groups.device.type == "cuda" and has_transformer_engine()
     config = transformer_config(cfg.model, cfg.parallel, cfg.train, transformer_engine)
-    config.perform_initialization = False
     topology = groups.topology
     vpp = topology.vpp if topology.vpp > 1 else None
     vocab = padded_vocab_size(cfg.model.vocab_size, topology.tp)

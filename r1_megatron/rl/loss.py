@@ -8,7 +8,7 @@ For a token with log-probability ``l`` and advantage ``A`` ::
     pg = max(-A r, -A clip(r, 1 - clip_ratio_low, 1 + clip_ratio_high))
     pg = min(pg, -A clip_ratio_dual)      where A < 0         dual clip (arXiv 1912.09729, eq. 5)
     k  = exp(d) - d - 1,  d = l_ref - l                       k3 estimate of KL(policy || reference)
-    c  = min(exp(l_old - l_rollout), tis_cap)                 truncated importance sampling, no gradient
+    c  = min(exp(l_old - l_rollout), tis_cap)                 truncated importance sampling (no gradient: l_old is data)
 
 Averaging over tokens and sequences is none of its business: ``weights.py`` turns it into data. The loss of a step is
 ``sum_t weights[t] * loss[t]``.
@@ -72,7 +72,7 @@ def policy_loss(
 
     tis_weight = torch.ones_like(zeros)
     if cfg.tis_cap is not None:
-        tis_weight = (l_old - l_rollout).clamp(max=MAX_LOG_RATIO).exp().clamp(max=cfg.tis_cap).detach()
+        tis_weight = (l_old - l_rollout).clamp(max=MAX_LOG_RATIO).exp().clamp(max=cfg.tis_cap)
     loss = tis_weight * pg
 
     kl = zeros
@@ -85,9 +85,9 @@ def policy_loss(
 
     if cfg.entropy_coef != 0.0 and entropy is None:
         raise ValueError(f"rl.entropy_coef={cfg.entropy_coef} needs the entropy, and none was computed")
-    entropy = zeros if entropy is None else masked(entropy)
+    h = zeros if entropy is None else masked(entropy)
     if cfg.entropy_coef != 0.0:
-        loss = loss - cfg.entropy_coef * entropy
+        loss = loss - cfg.entropy_coef * h
 
     with torch.no_grad():
         probs_diff = (l_old.exp() - l_rollout.exp()).abs()
@@ -97,7 +97,7 @@ def policy_loss(
             "actor/ppo_kl": -(l - l_old).sum(),
             "actor/pg_clipfrac": masked(is_clipped).sum(),
             "actor/pg_clipfrac_dual": masked(is_dual_clipped).sum(),
-            "actor/entropy": entropy.sum(),
+            "actor/entropy": h.sum(),
             "actor/kl": kl.sum(),
             "actor/ratio": masked(ratio).sum(),
             "actor/tis_weight": masked(tis_weight).sum(),

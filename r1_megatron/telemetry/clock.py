@@ -23,21 +23,28 @@ class Clock:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._seconds: dict[str, float] = {}
-        self._last_take = now()
+        self._step_start: float | None = None
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = self._now()
+        if self._step_start is None:
+            self._step_start = start
         try:
             yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - start
 
     def take(self) -> dict[str, float]:
-        """Seconds per phase since the last call, with ``timing_s/step``: all the time that passed. Starts anew."""
-        now = self._now()
+        """Seconds per phase since the last call, and ``timing_s/step``. Starts anew.
+
+        The step lasts from its first phase to this call; what happens between steps (loading, a checkpoint, an
+        evaluation outside of any phase) is not part of it.
+        """
+        if self._step_start is None:
+            return {}
         seconds = {f"timing_s/{phase}": value for phase, value in self._seconds.items()}
-        seconds["timing_s/step"] = now - self._last_take
+        seconds["timing_s/step"] = self._now() - self._step_start
         self._seconds = {}
-        self._last_take = now
+        self._step_start = None
         return seconds

@@ -83,6 +83,13 @@ def claim(path: str | Path, config_yaml: str, environment: dict[str, Any]) -> Pa
     return folder
 
 
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run. A checkpoint gets its ``checkpoint.json`` and its name when it is whole."""
+    whole = (path for path in Path(folder, CHECKPOINTS).glob("*/checkpoint.json") if path.parent.suffix != ".partial")
+    newest = max(whole, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return newest.parent if newest else None
+
+
 def _refusal(folder: Path, found: list[str]) -> str:
     if CONFIG in found or METRICS in found:
         num_steps = _num_lines(folder / METRICS)

@@ -183,7 +183,7 @@ class RunLog:
         are derived from it. ``perf/cpu_memory_used_gb`` is the writer's peak resident set, 1e9 bytes.
         """
         row = {**metrics, **self.clock.take()}
-        seconds = row["timing_s/step"]
+        seconds = row.get("timing_s/step", 0.0)
         if "perf/total_num_tokens" in row and seconds > 0:
             row.setdefault("perf/throughput", row["perf/total_num_tokens"] / seconds)
             row.setdefault("perf/tokens_per_second_per_gpu", row["perf/throughput"] / self._world_size)
@@ -192,7 +192,10 @@ class RunLog:
         self.note(self._progress.line(step, row))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Results on held-out prompts after ``step`` updates, under ``eval/<name>``. The clock is left alone."""
+        """Results on held-out prompts after ``step`` updates, under ``eval/<name>``.
+
+        The names ``sampled_accuracy`` and ``greedy_accuracy`` get a plot of their own in the report.
+        """
         row = {name if name.startswith("eval/") else f"eval/{name}": value for name, value in metrics.items()}
         self._record(step, row)
         shown = " | ".join(f"{name.removeprefix('eval/').replace('_', ' ')} {value:.3f}" for name, value in row.items())

@@ -33,6 +33,7 @@ def environment() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "pid": os.getpid(),
         "preloaded": "megatron.core" in sys.modules,
+        "nursery_threads": len(os.listdir(f"/proc/{os.getppid()}/task")),
         "cuda": torch.cuda.is_available(),
     }
 

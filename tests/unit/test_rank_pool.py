@@ -25,6 +25,7 @@ def test_environment_of_a_rank(ranks: RankPool) -> None:
     seen = ranks.run(pool_checks.environment, 2)
     assert [s["rank"] for s in seen] == ["0", "1"]
     assert all(s["world_size"] == "2" and s["threads"] == 1 and s["preloaded"] and not s["cuda"] for s in seen)
+    assert seen[0]["nursery_threads"] == 1  # a fork would lose any other
     assert len({s["pid"] for s in seen} | {os.getpid()}) == 3
 
 

@@ -74,21 +74,22 @@ def draw_distinct(
         draw: gives (problem, what makes it distinct, is held out), or ``None`` for a miss.
 
     Raises:
-        ValueError: 200 draws per wanted problem were not enough, so too few problems exist.
+        ValueError: 20,000 draws in a row gave nothing new, so (nearly) all problems were found already.
     """
     rng = random.Random(stable_hash("draw", name, seed))
     found: dict[bool, list[Any]] = {False: [], True: []}
     seen: set[Any] = set()
-    for _ in range(1000 + 200 * sum(wanted.values())):
+    num_misses = 0
+    while num_misses < 20_000:
         if all(len(found[side]) >= wanted[side] for side in wanted):
             return found
+        num_misses += 1
         drawn = draw(rng)
         if drawn is None or drawn[1] in seen or len(found[drawn[2]]) >= wanted[drawn[2]]:
             continue
+        num_misses = 0
         seen.add(drawn[1])
         found[drawn[2]].append(drawn[0])
-    if all(len(found[side]) >= wanted[side] for side in wanted):
-        return found
     raise ValueError(
         f"data.num_train={wanted[False]}, data.num_eval={wanted[True]}: {name} gave only {len(found[False])} and "
         f"{len(found[True])} distinct problems with these options. Ask for fewer, or widen data.task_options."

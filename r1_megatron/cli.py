@@ -1,0 +1,246 @@
+"""The command line. ``r1-megatron train examples/demo.yaml train.lr=1e-4``
+
+Exit codes: 0 done; 1 a rank failed; 2 the input is wrong, nothing was started; 128 + n ended by signal n (130: Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1_megatron import __version__
+from r1_megatron.config.load import dump_config, load_config
+from r1_megatron.config.schema import RunConfig
+from r1_megatron.config.validate import check_config
+from r1_megatron.parallel.launch import LaunchResult, adopt_rank, launch, run_as_rank
+from r1_megatron.telemetry import run_folder
+from r1_megatron.telemetry.gpu import num_visible_gpus
+from r1_megatron.telemetry.host import describe_host, version_of
+from r1_megatron.telemetry.writers import duration
+from r1_megatron.topology import Topology
+
+# Imports above are light: bad input is answered in a fraction of a second. torch comes with the ranks.
+
+_OVERRIDES_HELP = "any field of the configuration, e.g. train.lr=1e-4 or parallel.tensor_model_parallel_size=2"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``r1-megatron``."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:  # what this package says to its users; nothing was started
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `r1-megatron explain ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="r1-megatron",
+        description="The DeepSeek-R1 recipe for mixture-of-experts models, trained and sampled on megatron-core.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="run the stage that a YAML file describes",
+        description="Checks the configuration, starts one process per rank on this machine and watches over them. "
+        "Under torchrun or srun, where this process already is a rank, it joins that job instead.",
+        epilog="Everything the run writes lies in its output_dir, which must not hold another run. Example: "
+        "r1-megatron train examples/demo.yaml train.steps=20 output_dir=runs/short",
+    )
+    _add_config_arguments(train)
+    train.set_defaults(run=_train)
+
+    explain = commands.add_parser(
+        "explain",
+        help="say in words what a YAML file would do",
+        description="Prints the batch arithmetic of a configuration: samples, minibatches, microbatches per pipeline, "
+        "tokens per GPU. Nothing is started and no GPU is needed.",
+    )
+    _add_config_arguments(explain)
+    explain.set_defaults(run=_explain)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this machine has and lacks",
+        description="Lists hardware and software that matter here, each with its consequence.",
+    )
+    doctor.set_defaults(run=_doctor)
+
+    report = commands.add_parser(
+        "report",
+        help="make the report of a run again",
+        description="Reads a run folder and writes one self-contained page into it: curves, evaluations, sampled "
+        "rollouts, configuration. Works while the run is still going, and after it failed.",
+    )
+    report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's output_dir")
+    report.add_argument("--format", choices=("html", "png"), default="html", help="page, or only the plots")
+    report.set_defaults(run=_report)
+
+    worker = commands.add_parser("worker", description="One rank. Started by `train`, not by hand.")
+    worker.add_argument("config", type=Path)
+    worker.set_defaults(run=_worker)
+    return parser
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE.yaml", type=Path, help="the configuration")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help=_OVERRIDES_HELP)
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if adopt_rank():
+        return _join(arguments)
+    config = _checked_config(arguments)
+    topology = Topology.from_config(config.parallel)
+    _check_gpus(config, topology.world_size)
+
+    folder = run_folder.claim(config.output_dir, dump_config(config), describe_host())
+    print(f"{config.name}: stage {config.stage} on {_ranks_in_words(topology)}, run folder {folder}", flush=True)
+    result = launch(
+        [sys.executable, "-m", "r1_megatron.cli", "worker", str(folder / run_folder.CONFIG)],
+        topology.world_size,
+        log_dir=folder / run_folder.LOGS,
+    )
+    _finish(config, folder, topology.world_size, result)
+    return result.exit_code
+
+
+def _join(arguments: argparse.Namespace) -> int:
+    """This process is one rank of a job that torchrun or srun started; rank 0 owns the run folder."""
+    config = _checked_config(arguments, world_size=int(os.environ["WORLD_SIZE"]))
+    is_first = os.environ["RANK"] == "0"
+    if is_first:
+        run_folder.claim(config.output_dir, dump_config(config), describe_host())
+    code = run_as_rank(lambda: _run_stage(config))
+    if is_first and code == 0:
+        _make_report(config, Path(config.output_dir))
+    return code
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    return run_as_rank(lambda: _run_stage(load_config(arguments.config)))
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from r1_megatron.config.explain import explain
+
+    # Files need not be here: a cluster's configuration is explained on a laptop.
+    print(explain(_checked_config(arguments, check_files=False)))
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from r1_megatron.telemetry.doctor import examine, show
+
+    print(show(examine()))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from r1_megatron.telemetry.report import write_report
+
+    print(write_report(arguments.run_dir, arguments.format))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- pieces
+
+
+def _checked_config(
+    arguments: argparse.Namespace, world_size: int | None = None, check_files: bool = True
+) -> RunConfig:
+    config = load_config(arguments.file, arguments.overrides)
+    check_config(config, world_size, check_files)
+    return config
+
+
+def _run_stage(config: RunConfig) -> None:
+    """The stage on this rank. Reward plug-ins are found in the working directory, however the rank was started."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    if config.stage == "grpo":
+        from r1_megatron.stages.grpo import run
+    elif config.stage == "sft":
+        from r1_megatron.stages.sft import run
+    else:
+        from r1_megatron.stages.evaluate import run
+    run(config)
+
+
+def _check_gpus(config: RunConfig, world_size: int) -> None:
+    """More ranks than GPUs is said now, not by N ranks a minute later."""
+    torch_is_cpu_only = "+cpu" in (version_of("torch") or "")
+    if config.parallel.device == "cpu" or torch_is_cpu_only:
+        return  # "cuda" without a GPU is answered by the device layer
+    num_gpus = num_visible_gpus()
+    if 0 < num_gpus < world_size:
+        raise ValueError(
+            f"parallel: the layout needs {world_size} ranks, one GPU each, but this machine shows {num_gpus}. "
+            f"Make tp * pp * cp * dp = {num_gpus}, run on CPU (parallel.device=cpu), or start it on more nodes (srun)."
+        )
+
+
+def _ranks_in_words(topology: Topology) -> str:
+    sizes = {axis: getattr(topology, axis) for axis in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp")}
+    layout = " ".join(f"{axis.upper()}{size}" for axis, size in sizes.items() if size > 1)
+    return f"{topology.world_size} ranks ({layout})" if layout else "1 rank"
+
+
+def _finish(config: RunConfig, folder: Path, world_size: int, result: LaunchResult) -> None:
+    """What the launcher leaves behind and says, however the run ended."""
+    run_folder.write_json(
+        folder / run_folder.LAUNCH,
+        {
+            "exit_code": result.exit_code,
+            "ranks": world_size,
+            "seconds": round(result.seconds, 1),
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "peak_memory_kind": result.memory_kind,
+            "failure": result.failure.message() if result.failure else None,
+            "interrupted_by": result.interrupted_by,
+        },
+    )
+    if result.failure:
+        print(f"error: {result.failure.message()}\nAll ranks have ended.", file=sys.stderr)
+    elif result.interrupted_by:
+        checkpoint = run_folder.last_checkpoint(folder)
+        print(
+            f"\nended by {result.interrupted_by}. Run folder: {folder}. Last whole checkpoint: "
+            f"{checkpoint or 'none yet'}.\nThe run so far on one page: r1-megatron report {folder}",
+            file=sys.stderr,
+        )
+    else:
+        _make_report(config, folder)
+    print(
+        f"{duration(result.seconds)} in all, peak memory of all ranks together: {result.peak_memory_bytes / 1e9:.2f} GB"
+    )
+
+
+def _make_report(config: RunConfig, folder: Path) -> None:
+    if config.telemetry.report == "none":
+        return
+    from r1_megatron.telemetry.report import write_report
+
+    try:
+        print(f"report: {write_report(folder, config.telemetry.report)}")
+    except (ValueError, OSError) as error:  # the run itself is done and safe
+        print(f"no report was made: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""What a configuration amounts to, in words and numbers: ``r1-megatron explain FILE.yaml``.
+
+Batch arithmetic is where runs of this kind go wrong most often, so every product is written out. Only arithmetic: no
+file is read and no GPU is asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from r1_megatron.config.presets import count_parameters, layer_parameters, mtp_parameters
+from r1_megatron.config.schema import ModelConfig, RunConfig
+from r1_megatron.topology import Chunk, Topology, place_layers
+
+Line = tuple[str, str]
+
+
+def explain(cfg: RunConfig) -> str:
+    """The run in words. The configuration has to be free of problems (``validate.check_config``)."""
+    topology = Topology.from_config(cfg.parallel)
+    stages = place_layers(cfg.parallel, cfg.model.num_layers, cfg.model.mtp_num_layers)
+    sections: list[tuple[str, list[Line]]] = [
+        (f"{cfg.name}: {cfg.stage} on {_count(topology.world_size, 'rank')}", _layout_lines(cfg, topology)),
+        ("model", _model_lines(cfg, topology, stages)),
+    ]
+    if cfg.stage == "grpo":
+        sections.append(("rollout, every step", _rollout_lines(cfg, topology, stages)))
+        sections.append(("training, every step", _training_lines(cfg, topology)))
+    elif cfg.stage == "sft":
+        sections.append(("training", _sft_lines(cfg, topology)))
+    if cfg.stage != "sft" or cfg.evaluate.num_prompts:
+        sections.append(("evaluation", _evaluation_lines(cfg)))
+    width = max(len(name) for _, lines in sections for name, _ in lines)
+    blocks = ["\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in lines)]) for title, lines in sections]
+    return "\n\n".join(blocks) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks.
+
+
+def _layout_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
+    t = topology
+    lines = [
+        ("dense layers", f"tp({t.tp}) * pp({t.pp}) * cp({t.cp}) * dp({t.dp}) = {_count(t.world_size, 'rank')}"),
+        (
+            "experts",
+            f"etp({t.etp}) * ep({t.ep}) * edp({t.edp}) = {_count(t.etp * t.ep * t.edp, 'rank')} of each pipeline stage, "
+            f"{cfg.model.num_moe_experts // t.ep} of {cfg.model.num_moe_experts} experts a rank",
+        ),
+        ("device", f"{cfg.parallel.device}, {'bf16' if cfg.train.bf16 else 'fp32'}"),
+    ]
+    if t.vpp > 1:
+        lines.insert(1, ("interleaving", f"vpp({t.vpp}) model chunks on every pipeline rank"))
+    if t.tp > 1:
+        lines.insert(1, ("sequence parallel", "on, because tp > 1"))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters and layers.
+
+
+def rank_parameters(model: ModelConfig, topology: Topology, chunks: tuple[Chunk, ...]) -> int:
+    """Parameters that one rank of a pipeline stage holds: replicated ones whole, the others their shard.
+
+    The vocabulary is padded to a multiple of the tensor parallel size. An MTP module on a stage without the embedding
+    brings its own copy of it.
+    """
+    t = topology
+    vocabulary = -(-model.vocab_size // t.tp) * model.hidden_size
+    count = 0
+    for chunk in chunks:
+        layers = [layer_parameters(model, dense=index < model.first_k_dense_replace) for index in chunk.layers]
+        layers += [mtp_parameters(model)] * chunk.mtp
+        count += sum(x.replicated + x.tensor // t.tp + x.routed // (t.ep * t.etp) for x in layers)
+        count += model.hidden_size * chunk.loss
+    has_embedding = any(c.embedding or c.mtp for c in chunks)
+    has_head = any(c.loss for c in chunks)
+    tied_here = model.share_embeddings_and_output_weights and has_embedding and has_head
+    return count + vocabulary * (has_embedding + has_head - tied_here)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A run of pipeline ranks that hold as many layers and parameters as each other."""
+
+    first: int
+    last: int
+    text: str
+
+
+def _model_lines(cfg: RunConfig, topology: Topology, stages: tuple[tuple[Chunk, ...], ...]) -> list[Line]:
+    m = cfg.model
+    total, active = count_parameters(m)
+    dense = min(m.first_k_dense_replace, m.num_layers)
+    shape = f"{m.num_layers} layers ({dense} dense), hidden {m.hidden_size}, {m.num_attention_heads} heads"
+    lines = [
+        ("shape", f"{m.preset or 'custom'}: {shape}, top {m.moe_router_topk} of {m.num_moe_experts} experts"),
+        ("parameters", f"{total:,} ({_short(total)}), of which {_short(active)} work on a token"),
+    ]
+    if m.mtp_num_layers:
+        lines.append(("", f"the total counts {_count(m.mtp_num_layers, 'MTP module')}"))
+    for row in _stage_rows(m, topology, stages):
+        ranks = f"pp rank {row.first}" if row.first == row.last else f"pp ranks {row.first}-{row.last}"
+        lines.append((ranks, row.text))
+    return lines
+
+
+def _stage_rows(model: ModelConfig, topology: Topology, stages: tuple[tuple[Chunk, ...], ...]) -> list[_Row]:
+    rows: list[_Row] = []
+    previous = None
+    for rank, chunks in enumerate(stages):
+        count = rank_parameters(model, topology, chunks)
+        kind = (count, tuple((len(c.layers), c.embedding, c.mtp, c.loss) for c in chunks))
+        if kind == previous:
+            rows[-1] = _Row(rows[-1].first, rank, f"{_held(chunks, numbers=False)}; {_short(count)} parameters a rank")
+        else:
+            rows.append(_Row(rank, rank, f"{_held(chunks, numbers=True)}; {_short(count)} parameters a rank"))
+        previous = kind
+    return rows
+
+
+def _held(chunks: tuple[Chunk, ...], numbers: bool) -> str:
+    """``embedding, layers 0-3 + 8-11``, or only how many layers."""
+    parts = ["embedding"] if any(c.embedding for c in chunks) else []
+    runs = [c.layers for c in chunks if c.layers]
+    if runs and numbers:
+        spans = " + ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+        parts.append(f"layer{'s' if sum(map(len, runs)) > 1 else ''} {spans}")
+    elif runs:
+        parts.append(" + ".join(str(len(run)) for run in runs) + " layers each")
+    mtp = sum(c.mtp for c in chunks)
+    if mtp:
+        parts.append(_count(mtp, "MTP module"))
+    if any(c.loss for c in chunks):
+        parts.append("head and loss")
+    return ", ".join(parts) or "nothing"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches.
+
+
+def _rollout_lines(cfg: RunConfig, topology: Topology, stages: tuple[tuple[Chunk, ...], ...]) -> list[Line]:
+    r, s, m = cfg.rollout, cfg.sampling, cfg.model
+    samples = r.prompts_per_step * r.samples_per_prompt
+    length = cfg.data.max_prompt_tokens + s.max_new_tokens
+    # Each minibatch is dealt over the data-parallel ranks by itself, and a rank samples what it will train on.
+    blocks = cfg.rl.num_minibatches if cfg.stage == "grpo" else 1
+    share = _Share(r.prompts_per_step // blocks, topology.dp, times=blocks)
+    at_once = min(r.max_sequences, share.most * r.samples_per_prompt)
+    layers = max(sum(len(c.layers) for c in chunks) for chunks in stages)
+    width = m.kv_lora_rank + m.qk_pos_emb_head_dim
+    size = 2 if cfg.train.bf16 else 4
+    cache = width * size * layers * at_once * length
+    return [
+        ("samples", f"{r.prompts_per_step} prompts * {r.samples_per_prompt} samples = {samples:,}"),
+        ("per dp rank", f"{share.text('prompt')}, {share.most * r.samples_per_prompt:,} samples at most"),
+        (
+            "length",
+            f"prompt {cfg.data.max_prompt_tokens:,} + response {s.max_new_tokens:,} = {length:,} tokens at most",
+        ),
+        ("tokens", f"{samples:,} samples * {length:,} = {samples * length:,} at most"),
+        ("in flight", f"{at_once:,} sequences per dp rank (rollout.max_sequences={r.max_sequences})"),
+        (
+            "cache per rank",
+            f"(kv_lora {m.kv_lora_rank} + rope {m.qk_pos_emb_head_dim}) * {size} bytes * {layers} layers * "
+            f"{at_once:,} sequences * {length:,} tokens = {_bytes(cache)} at most",
+        ),
+    ]
+
+
+def _training_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
+    r, rl, t = cfg.rollout, cfg.rl, cfg.train
+    prompts = r.prompts_per_step // rl.num_minibatches
+    sequences = prompts * r.samples_per_prompt
+    length = cfg.data.max_prompt_tokens + cfg.sampling.max_new_tokens
+    updates = rl.num_minibatches * rl.inner_epochs
+    share = _Share(prompts, topology.dp)
+    per_rank = share.most * r.samples_per_prompt
+    packed = max(1, t.micro_batch_tokens // length)
+    lines = [
+        (
+            "minibatches",
+            f"{r.prompts_per_step} prompts / {rl.num_minibatches} = {prompts} prompts, {sequences:,} sequences",
+        ),
+        ("per dp rank", f"{share.text('prompt')} a minibatch, {per_rank:,} sequences at most"),
+        (
+            "microbatches",
+            f"up to {t.micro_batch_tokens:,} tokens each: {-(-per_rank // packed):,} per minibatch if all are longest",
+        ),
+        (
+            "updates",
+            f"{_count(rl.num_minibatches, 'minibatch', 'minibatches')} * {_count(rl.inner_epochs, 'epoch')} = "
+            f"{_count(updates, 'optimizer step')}; {t.steps:,} steps make {t.steps * updates:,}",
+        ),
+        ("learning rate", _learning_rate(cfg)),
+        ("ratio", _clip(cfg)),
+    ]
+    if rl.kl_coef:
+        refresh = (
+            "never replaced"
+            if rl.reference_refresh_steps is None
+            else f"replaced every {rl.reference_refresh_steps} steps = {rl.reference_refresh_steps * updates:,} updates"
+        )
+        lines.append(("reference", f"KL {rl.kl_coef:g} to the starting policy, {refresh}"))
+    return lines
+
+
+def _sft_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
+    rows, steps = cfg.sft.batch_size, cfg.train.steps
+    return [
+        (
+            "rows",
+            f"{rows} a step, {_Share(rows, topology.dp).text('row')} per dp rank; {steps:,} steps make {rows * steps:,}",
+        ),
+        ("microbatches", f"up to {cfg.train.micro_batch_tokens:,} packed tokens each"),
+        ("learning rate", _learning_rate(cfg)),
+    ]
+
+
+def _evaluation_lines(cfg: RunConfig) -> list[Line]:
+    e = cfg.evaluate
+    if not e.num_prompts:
+        return [("prompts", "none")]
+    if cfg.stage == "evaluate":
+        when = "once"
+    else:
+        when = f"every {e.interval} steps, at the start and at the end" if e.interval else "at the start and at the end"
+    return [
+        (
+            "prompts",
+            f"{e.num_prompts} held out, {when}: {_count(e.samples_per_prompt, 'sample')} each at temperature "
+            f"{cfg.sampling.temperature:g}, and greedy",
+        )
+    ]
+
+
+def _learning_rate(cfg: RunConfig) -> str:
+    t = cfg.train
+    text = f"{t.lr:g}"
+    if t.lr_warmup_steps:
+        text += f" after {t.lr_warmup_steps} warm-up steps"
+    if t.lr_decay_style == "constant":
+        return f"{text}, constant"
+    return f"{text}, {t.lr_decay_style} to {t.min_lr:g} over {t.lr_decay_steps or t.steps} steps"
+
+
+def _clip(cfg: RunConfig) -> str:
+    rl = cfg.rl
+    low = 1 - rl.clip_ratio_low
+    text = f"clipped to [{low:g}, {1 + rl.clip_ratio_high:g}]"
+    if low <= 0:
+        text += " (the lower limit never binds)"
+    return (
+        text
+        + f", advantages {'(r - mean) / std' if rl.advantage_normalization == 'std' else 'r - mean'}, {rl.aggregation}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wording.
+
+
+def _count(number: int, noun: str, plural: str | None = None) -> str:
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank gets when ``total`` things are dealt round-robin over ``ranks``, ``times`` over."""
+
+    total: int
+    ranks: int
+    times: int = 1
+
+    @property
+    def most(self) -> int:
+        return -(-self.total // self.ranks) * self.times
+
+    def text(self, noun: str) -> str:
+        """``8 prompts``, or ``2 or 3 prompts`` where the deal does not come out even."""
+        least = self.total // self.ranks * self.times
+        return _count(least, noun) if least == self.most else f"{least} or {self.most} {noun}s"
+
+
+def _short(count: int) -> str:
+    """A parameter count with three significant digits: 671 B, 1.15 M."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            value = count / size
+            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
+    return str(count)
+
+
+def _bytes(count: int) -> str:
+    """Binary units, as memory is sold."""
+    value = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")

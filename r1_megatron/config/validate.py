@@ -1,0 +1,479 @@
+"""Everything in a configuration that contradicts itself, found before anything starts.
+
+Each function looks at one concern and yields a sentence per problem: the formula, the values, the remedy. Nothing
+stops at the first one. What only a running job can know (the GPU, the tokenizer's vocabulary, the prompts) is checked
+where it is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from r1_megatron.config.load import ConfigError
+from r1_megatron.config.schema import RunConfig
+from r1_megatron.topology import place_layers, placement_problems, topology_problems
+from r1_megatron.topology import validate as parallel_problems
+
+# megatron-core's list (TransformerConfig.recompute_modules).
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
+# Names that megatron-core 0.16.1 only defines with Transformer Engine, or that need its grouped expert kernels.
+RECOMPUTE_MODULES_CUDA = ("core_attn", "layernorm", "moe_act")
+PROCEDURAL = ("chain_sum", "countdown")
+
+
+def check_config(cfg: RunConfig, world_size: int | None = None, check_files: bool = True) -> None:
+    """Raise :class:`ConfigError` with all problems of :func:`validate_config`, if there are any."""
+    problems = validate_config(cfg, world_size, check_files)
+    if problems:
+        raise ConfigError(problems, f"the configuration of run {cfg.name!r}")
+
+
+def validate_config(cfg: RunConfig, world_size: int | None = None, check_files: bool = True) -> list[str]:
+    """All problems of a configuration; empty: none.
+
+    Args:
+        world_size: ranks of the job, compared with the layout; ``None``: not compared (the layout decides).
+        check_files: also ask this machine: do the files exist, are optional packages installed. Switch it off to check
+            a cluster's configuration on a laptop.
+    """
+    problems = [
+        *parallel_problems(cfg.parallel, cfg.model.num_layers, cfg.model.mtp_num_layers, world_size),
+        *_numbers(cfg),
+        *_model(cfg),
+        *_model_on_ranks(cfg),
+        *_batch(cfg),
+        *_sampling(cfg),
+        *_rl(cfg),
+        *_optimizer(cfg),
+        *_recompute(cfg),
+        *_data(cfg),
+    ]
+    if check_files:
+        problems += _machine(cfg)
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranges of single numbers.
+
+_AT_LEAST_ONE = {
+    "model": (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "kv_lora_rank",
+        "qk_head_dim",
+        "qk_pos_emb_head_dim",
+        "v_head_dim",
+        "num_moe_experts",
+        "moe_ffn_hidden_size",
+        "moe_router_topk",
+        "original_max_position_embeddings",
+    ),
+    "data": ("max_prompt_tokens", "num_train", "num_eval"),
+    "sampling": ("max_new_tokens",),
+    "rollout": ("prompts_per_step", "samples_per_prompt", "max_sequences"),
+    "rl": ("num_minibatches", "inner_epochs"),
+    "train": ("steps", "micro_batch_tokens"),
+    "sft": ("batch_size",),
+    "evaluate": ("samples_per_prompt",),
+}
+_AT_LEAST_ONE_OR_NULL = {
+    "model": ("q_lora_rank", "moe_router_num_groups", "moe_router_group_topk"),
+    "rollout": ("pipeline_groups",),
+    "rl": ("reference_refresh_steps",),
+    "train": ("lr_decay_steps", "recompute_num_layers"),
+}
+_NOT_NEGATIVE = {
+    "": ("seed",),
+    "model": (
+        "moe_shared_expert_intermediate_size",
+        "first_k_dense_replace",
+        "moe_router_bias_update_rate",
+        "moe_aux_loss_coeff",
+        "mtp_num_layers",
+        "mtp_loss_scaling_factor",
+        "mscale",
+        "mscale_all_dim",
+    ),
+    "data": ("seed",),
+    "sampling": ("temperature", "top_k"),
+    "rl": (
+        "clip_ratio_low",
+        "clip_ratio_high",
+        "kl_coef",
+        "entropy_coef",
+        "overlong_buffer_tokens",
+        "overlong_penalty",
+    ),
+    "train": ("min_lr", "lr_warmup_steps", "weight_decay", "clip_grad"),
+    "evaluate": ("interval", "num_prompts"),
+    "checkpoint": ("interval",),
+    "telemetry": ("num_samples",),
+}
+_POSITIVE = {
+    "model": (
+        "layernorm_epsilon",
+        "init_method_std",
+        "rotary_base",
+        "rotary_scaling_factor",
+        "beta_fast",
+        "beta_slow",
+        "moe_router_topk_scaling_factor",
+    ),
+    "parallel": ("timeout_s",),
+    "reward": ("timeout_s",),
+    "rl": ("advantage_epsilon",),
+    "train": ("lr", "adam_eps"),
+}
+_POSITIVE_OR_NULL = {"rl": ("tis_cap", "probs_diff_limit")}
+_FRACTION = {"sft": ("corrupt_fraction", "malformed_fraction")}
+
+
+def _numbers(cfg: RunConfig) -> Iterator[str]:
+    for table, fits, rule in (
+        (_AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
+        (_AT_LEAST_ONE_OR_NULL, lambda x: x is None or x >= 1, "null or at least 1"),
+        (_NOT_NEGATIVE, lambda x: x >= 0, "at least 0"),
+        (_POSITIVE, lambda x: x > 0, "greater than 0"),
+        (_POSITIVE_OR_NULL, lambda x: x is None or x > 0, "null or greater than 0"),
+        (_FRACTION, lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ):
+        for section, names in table.items():
+            for name in names:
+                value = getattr(getattr(cfg, section) if section else cfg, name)
+                if not fits(value):
+                    yield f"{section}{'.' if section else ''}{name}={value} has to be {rule}."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model.
+
+
+def _model(cfg: RunConfig) -> Iterator[str]:
+    m = cfg.model
+    if m.qk_pos_emb_head_dim % 2:
+        yield f"model.qk_pos_emb_head_dim={m.qk_pos_emb_head_dim} has to be even: rotary embedding turns pairs."
+    if m.first_k_dense_replace > m.num_layers:
+        yield f"model.first_k_dense_replace({m.first_k_dense_replace}) exceeds model.num_layers({m.num_layers})."
+    if m.moe_router_topk > m.num_moe_experts:
+        yield (
+            f"model.moe_router_topk({m.moe_router_topk}) exceeds model.num_moe_experts({m.num_moe_experts}): a token "
+            f"cannot go to more experts than there are."
+        )
+    yield from _router_groups(cfg)
+    if m.share_embeddings_and_output_weights and m.mtp_num_layers:
+        yield (
+            "model.share_embeddings_and_output_weights=true with model.mtp_num_layers > 0 is not supported: "
+            "DeepSeek-V3 has separate embedding and head. Set one of them to false / 0."
+        )
+
+
+def _router_groups(cfg: RunConfig) -> Iterator[str]:
+    """Group-limited routing: the experts stand in groups, a token goes to the best groups only."""
+    m = cfg.model
+    groups, chosen, topk, experts = (
+        m.moe_router_num_groups,
+        m.moe_router_group_topk,
+        m.moe_router_topk,
+        m.num_moe_experts,
+    )
+    if (groups is None) != (chosen is None):
+        yield (
+            f"model.moe_router_num_groups={groups} and model.moe_router_group_topk={chosen} belong together: "
+            f"set both, or both to null."
+        )
+        return
+    if groups is None or chosen is None or min(groups, chosen, topk, experts) < 1:
+        return
+    if experts % groups:
+        yield f"model.num_moe_experts({experts}) does not divide into model.moe_router_num_groups({groups})."
+        return
+    if chosen > groups:
+        yield f"model.moe_router_group_topk({chosen}) exceeds model.moe_router_num_groups({groups})."
+        return
+    if topk > chosen * (experts // groups):
+        yield (
+            f"model.moe_router_topk({topk}) experts do not fit in moe_router_group_topk({chosen}) groups of "
+            f"num_moe_experts({experts}) / moe_router_num_groups({groups}) = {experts // groups} experts."
+        )
+    if topk % chosen:
+        yield (
+            f"model.moe_router_topk({topk}) has to be a multiple of model.moe_router_group_topk({chosen}): a group is "
+            f"scored by its best topk / group_topk experts."
+        )
+    elif chosen < groups and topk // chosen != 2:
+        yield (
+            f"model.moe_router_topk({topk}) / model.moe_router_group_topk({chosen}) = {topk // chosen}, but has to "
+            f"be 2: megatron-core scores a group by its best topk / group_topk experts, DeepSeek-V3 and Transformers "
+            f"by the best 2. Set model.moe_router_topk={2 * chosen}, or model.moe_router_num_groups and "
+            f"model.moe_router_group_topk to null."
+        )
+
+
+def _model_on_ranks(cfg: RunConfig) -> Iterator[str]:
+    m, p = cfg.model, cfg.parallel
+    tp, ep, etp = p.tensor_model_parallel_size, p.expert_model_parallel_size, p.expert_tensor_parallel_size
+    if min(tp, ep, etp) < 1:
+        return
+    for name, what in (("num_attention_heads", "heads"), ("ffn_hidden_size", "dense MLP columns")):
+        size = getattr(m, name)
+        if size % tp:
+            yield f"model.{name}({size}) {what} do not divide over tp({tp}): {size} % {tp} = {size % tp}."
+    shared = m.moe_shared_expert_intermediate_size
+    if shared % tp:
+        yield f"model.moe_shared_expert_intermediate_size({shared}) does not divide over tp({tp})."
+    if m.num_moe_experts % ep:
+        yield (
+            f"model.num_moe_experts({m.num_moe_experts}) do not divide over ep({ep}). Set "
+            f"parallel.expert_model_parallel_size to a divisor of {m.num_moe_experts}."
+        )
+    if m.moe_ffn_hidden_size % etp:
+        yield f"model.moe_ffn_hidden_size({m.moe_ffn_hidden_size}) does not divide over etp({etp})."
+    if p.context_parallel_size > 1:
+        yield (
+            f"parallel.context_parallel_size={p.context_parallel_size} is not supported: attention and rollout keep "
+            f"every sequence whole on one rank. Set it to 1; for long sequences raise tensor or pipeline parallel size."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches and sequences.
+
+
+def _batch(cfg: RunConfig) -> Iterator[str]:
+    """The prompts of a step are cut into minibatches, and each minibatch is dealt over the data-parallel ranks."""
+    dp, r = cfg.parallel.data_parallel_size, cfg.rollout
+    if cfg.stage == "sft" and cfg.sft.batch_size < dp:
+        yield (
+            f"sft.batch_size({cfg.sft.batch_size}) has to be at least parallel.data_parallel_size({dp}): every "
+            f"data-parallel rank needs a row."
+        )
+    if cfg.stage == "grpo":
+        minibatches = cfg.rl.num_minibatches
+        if minibatches >= 1 and r.prompts_per_step % minibatches:
+            yield (
+                f"rollout.prompts_per_step({r.prompts_per_step}) does not divide into rl.num_minibatches({minibatches})"
+                f": {r.prompts_per_step} % {minibatches} = {r.prompts_per_step % minibatches}."
+            )
+        elif minibatches >= 1 and r.prompts_per_step // minibatches < dp:
+            yield (
+                f"rollout.prompts_per_step({r.prompts_per_step}) / rl.num_minibatches({minibatches}) = "
+                f"{r.prompts_per_step // minibatches} prompts per minibatch, fewer than "
+                f"parallel.data_parallel_size({dp}). Set rollout.prompts_per_step={dp * minibatches} or more."
+            )
+        if r.samples_per_prompt == 1:
+            yield (
+                "rollout.samples_per_prompt=1: GRPO compares the samples of a prompt with each other, and the "
+                "advantage of a single one is 0. Set 2 or more."
+            )
+    groups = cfg.parallel.pipeline_model_parallel_size if r.pipeline_groups is None else r.pipeline_groups
+    if cfg.stage != "sft" and groups > r.max_sequences:
+        yield (
+            f"rollout.max_sequences({r.max_sequences}) is less than the {groups} groups of sequences in flight "
+            f"(rollout.pipeline_groups, or one per pipeline stage): every group needs a sequence."
+        )
+
+
+def _sampling(cfg: RunConfig) -> Iterator[str]:
+    s, m = cfg.sampling, cfg.model
+    if not 0 < s.top_p <= 1:
+        yield f"sampling.top_p={s.top_p} has to be in (0, 1]; 1 switches it off."
+    if not 0 <= s.min_p <= 1:
+        yield f"sampling.min_p={s.min_p} has to be in [0, 1]; 0 switches it off."
+    longest = cfg.data.max_prompt_tokens + s.max_new_tokens
+    if longest > m.max_position_embeddings:
+        yield (
+            f"data.max_prompt_tokens({cfg.data.max_prompt_tokens}) + sampling.max_new_tokens({s.max_new_tokens}) = "
+            f"{longest} tokens, but model.max_position_embeddings={m.max_position_embeddings}."
+        )
+    if "" in s.stop:
+        yield "sampling.stop holds an empty string, which would stop every response at once."
+    outside = [token for token in s.stop_token_ids if not 0 <= token < m.vocab_size]
+    if outside:
+        yield f"sampling.stop_token_ids: {outside} are not in the vocabulary, 0 to {m.vocab_size - 1}."
+    if cfg.stage == "grpo" and s.temperature == 0:
+        yield (
+            "sampling.temperature=0 is greedy: all samples of a prompt would be equal and nothing be learned. "
+            "Set it above 0 (the paper: 1)."
+        )
+
+
+def _rl(cfg: RunConfig) -> Iterator[str]:
+    if cfg.stage == "sft":
+        return
+    rl = cfg.rl
+    if not cfg.reward.terms:
+        yield "reward.terms is empty: name at least one reward function."
+    for index, term in enumerate(cfg.reward.terms):
+        if not term.function.strip():
+            yield f"reward.terms.{index}.function is empty."
+    if cfg.stage != "grpo":
+        return
+    if rl.clip_ratio_dual is not None and rl.clip_ratio_dual <= 1:
+        yield (
+            f"rl.clip_ratio_dual={rl.clip_ratio_dual} has to exceed 1: it caps the ratio of negative advantages. "
+            f"Set 3, or null to switch it off."
+        )
+    if rl.reference_refresh_steps is not None and rl.kl_coef == 0:
+        yield (
+            f"rl.reference_refresh_steps={rl.reference_refresh_steps} without a reference policy: rl.kl_coef is 0. "
+            f"Set rl.reference_refresh_steps=null or rl.kl_coef above 0."
+        )
+    if rl.overlong == "penalty" and not 1 <= rl.overlong_buffer_tokens <= cfg.sampling.max_new_tokens:
+        yield (
+            f"rl.overlong_buffer_tokens={rl.overlong_buffer_tokens} has to be between 1 and sampling.max_new_tokens "
+            f"({cfg.sampling.max_new_tokens}): the penalty grows over the last tokens of the limit."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer step.
+
+
+def _optimizer(cfg: RunConfig) -> Iterator[str]:
+    t = cfg.train
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(t, name) < 1:
+            yield f"train.{name}={getattr(t, name)} has to be in [0, 1)."
+    if t.min_lr > t.lr:
+        yield f"train.min_lr({t.min_lr:g}) exceeds train.lr({t.lr:g})."
+    if cfg.stage != "evaluate":
+        decay = t.steps if t.lr_decay_steps is None else t.lr_decay_steps
+        if t.lr_warmup_steps >= decay:
+            yield (
+                f"train.lr_warmup_steps({t.lr_warmup_steps}) has to be less than train."
+                f"{'steps' if t.lr_decay_steps is None else 'lr_decay_steps'}({decay})."
+            )
+    if t.overlap_param_gather and not (t.use_distributed_optimizer and t.overlap_grad_reduce):
+        yield (
+            f"train.overlap_param_gather=true needs train.use_distributed_optimizer, which is "
+            f"{_yaml(t.use_distributed_optimizer)}, and train.overlap_grad_reduce, which is "
+            f"{_yaml(t.overlap_grad_reduce)}. Set both to true."
+        )
+
+
+def _recompute(cfg: RunConfig) -> Iterator[str]:
+    """megatron-core's rules for activation recomputation."""
+    t = cfg.train
+    kind = t.recompute_granularity
+    if kind != "full":
+        for name in ("recompute_method", "recompute_num_layers"):
+            if getattr(t, name) is not None:
+                yield (
+                    f"train.{name}={getattr(t, name)} belongs to train.recompute_granularity=full, which is "
+                    f"{_yaml(kind)}. Set one of them to match."
+                )
+    else:
+        if t.recompute_method is None or t.recompute_num_layers is None:
+            yield (
+                "train.recompute_granularity=full needs train.recompute_method (uniform or block) and "
+                "train.recompute_num_layers (1 recomputes layer by layer)."
+            )
+        most = _most_layers_in_a_chunk(cfg)
+        if t.recompute_num_layers is not None and most is not None and t.recompute_num_layers > most:
+            yield (
+                f"train.recompute_num_layers({t.recompute_num_layers}) exceeds the {most} layers of the largest "
+                f"pipeline stage."
+            )
+    if kind != "selective" and t.recompute_modules:
+        yield (
+            f"train.recompute_modules={list(t.recompute_modules)} belongs to train.recompute_granularity=selective, "
+            f"which is {_yaml(kind)}."
+        )
+    if kind == "selective":
+        if not t.recompute_modules:
+            yield f"train.recompute_granularity=selective needs recompute_modules: {', '.join(RECOMPUTE_MODULES)}."
+        unknown = [name for name in t.recompute_modules if name not in RECOMPUTE_MODULES]
+        if unknown:
+            yield f"train.recompute_modules: {unknown} are not among {', '.join(RECOMPUTE_MODULES)}."
+        needs_cuda = [name for name in t.recompute_modules if name in RECOMPUTE_MODULES_CUDA]
+        if needs_cuda and cfg.parallel.device != "cuda":
+            yield (
+                f"train.recompute_modules: {needs_cuda} need Transformer Engine, so parallel.device=cuda, which is "
+                f"{cfg.parallel.device}. Elsewhere use mla_up_proj, mlp, moe, shared_experts."
+            )
+
+
+def _most_layers_in_a_chunk(cfg: RunConfig) -> int | None:
+    layers, mtp = cfg.model.num_layers, cfg.model.mtp_num_layers
+    if topology_problems(cfg.parallel) or placement_problems(cfg.parallel, layers, mtp):
+        return None
+    return max(len(chunk.layers) for rank in place_layers(cfg.parallel, layers, mtp) for chunk in rank)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data, files, and what this machine has.
+
+
+def _data(cfg: RunConfig) -> Iterator[str]:
+    d, t = cfg.data, cfg.tokenizer
+    if d.source == "jsonl":
+        if d.path is None and cfg.stage != "evaluate":
+            yield "data.source=jsonl needs data.path, a file with one JSON object per line."
+        if d.eval_path is None and (cfg.stage == "evaluate" or (cfg.stage == "grpo" and cfg.evaluate.num_prompts)):
+            yield (
+                "data.source=jsonl: data.eval_path is null, so there are no held-out prompts. Name a file"
+                + ("." if cfg.stage == "evaluate" else ", or set evaluate.num_prompts=0.")
+            )
+        keys = (d.prompt_key, d.label_key, d.metadata_key)
+        if len(set(keys)) != len(keys) or "" in keys:
+            yield f"data.prompt_key, label_key, metadata_key = {', '.join(keys)}: three different names are needed."
+    else:
+        for name in ("path", "eval_path"):
+            if getattr(d, name) is not None:
+                yield f"data.{name} is set, but data.source={d.source} makes its own problems. Set data.source=jsonl."
+        if cfg.stage != "sft" and cfg.evaluate.num_prompts > d.num_eval:
+            yield f"evaluate.num_prompts({cfg.evaluate.num_prompts}) exceeds the data.num_eval({d.num_eval}) held out."
+    if t.kind in PROCEDURAL:
+        if d.source != t.kind:
+            yield (
+                f"tokenizer.kind={t.kind} is built for data.source={t.kind}, but data.source={d.source}. Set "
+                f"tokenizer.kind={d.source if d.source in PROCEDURAL else 'sentencepiece or huggingface'}."
+            )
+        if t.path is not None:
+            yield f"tokenizer.path is set, but tokenizer.kind={t.kind} is built into the run folder. Set path to null."
+    elif t.path is None:
+        what = "a .model file" if t.kind == "sentencepiece" else "a folder or a tokenizer.json"
+        yield f"tokenizer.kind={t.kind} needs tokenizer.path, {what}."
+    if cfg.stage == "evaluate" and cfg.checkpoint.load is None:
+        yield "stage=evaluate needs checkpoint.load: the checkpoint to be evaluated."
+    if not cfg.output_dir.strip():
+        yield "output_dir is empty: name the folder of the run."
+
+
+def _machine(cfg: RunConfig) -> Iterator[str]:
+    jsonl = cfg.data.source == "jsonl"
+    wanted = {
+        "data.path": cfg.data.path if jsonl else None,
+        "data.eval_path": cfg.data.eval_path if jsonl else None,
+        "tokenizer.path": None if cfg.tokenizer.kind in PROCEDURAL else cfg.tokenizer.path,
+        "checkpoint.load": cfg.checkpoint.load,
+    }
+    for name, path in wanted.items():
+        if path is not None and not Path(path).exists():
+            yield f"{name}: {path} does not exist (seen from {Path.cwd()})."
+    if jsonl:
+        for name in ("data.path", "data.eval_path"):
+            if wanted[name] is not None and Path(wanted[name]).is_dir():
+                yield f"{name}: {wanted[name]} is a folder; a JSONL file is needed."
+    if cfg.checkpoint.load is not None and Path(cfg.checkpoint.load).is_file():
+        yield f"checkpoint.load: {cfg.checkpoint.load} is a file; a checkpoint is a folder."
+    if Path(cfg.output_dir).is_file():
+        yield f"output_dir: {cfg.output_dir} is a file; a folder is needed."
+    if cfg.telemetry.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        yield (
+            f"telemetry.wandb_project={cfg.telemetry.wandb_project}, but wandb is not installed. Run "
+            f"pip install 'r1_megatron[track]', or set it to null."
+        )
+
+
+def _yaml(value: str | bool | None) -> str:
+    """Booleans and null as YAML spells them."""
+    return value if isinstance(value, str) else json.dumps(value)

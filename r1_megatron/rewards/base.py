@@ -1,0 +1,300 @@
+"""From the ``reward`` section of a run to numbers per completion.
+
+A reward is a function ``fn(prompts, completions, labels, metadata, **options) -> list[float]``, sync or async, one call
+for a whole batch. Ours are named (``accuracy``, ``countdown``, ``format``); a plug-in is ``package.module:function``
+and runs in a process of its own, so that one that hangs, crashes or leaks cannot take the training run with it.
+
+A term that raises, hangs or answers nonsense is either the end of the run, with the sample named
+(``on_error: fail``), or worth zero for that sample and counted (``on_error: zero``).
+
+Example:
+    >>> with build_rewards(cfg.reward) as grader:
+    ...     total, components, num_failed = grader.grade(prompts, completions)
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from r1_megatron.config.schema import RewardConfig, RewardTermConfig
+from r1_megatron.rewards import accuracy
+from r1_megatron.rewards.countdown import countdown_reward
+from r1_megatron.rewards.format import format_reward
+from r1_megatron.rewards.process import CallDied, CallFailed, CallTimedOut, WorkerProcess
+from r1_megatron.types import Prompt
+
+RewardFunction = Callable[..., list[float]]
+# Bounded functions of ours: they run in the training process.
+BOUNDED: dict[str, RewardFunction] = {"countdown": countdown_reward, "format": format_reward}
+NAMES = ("accuracy", *BOUNDED)
+# Seconds that math-verify may spend on one answer before its process is killed and the answer is wrong.
+ANSWER_TIMEOUT_S = 10.0
+MAX_ERRORS_KEPT = 5
+
+
+class RewardError(ValueError):
+    """A reward function misbehaved; the text names it, the sample and the remedy."""
+
+
+class Grades(NamedTuple):
+    """What a batch of ``n`` completions is worth.
+
+    ``total`` is float64 ``[n]``, the weighted sum; ``components`` has the same shape per term, before weights;
+    ``num_failed`` counts the completions for which some term failed and counts zero.
+    """
+
+    total: np.ndarray
+    components: dict[str, np.ndarray]
+    num_failed: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A term has no value for a sample. ``reason`` completes the sentence "the reward ..."."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of a reward function, one entry per completion."""
+
+    prompts: list[str]
+    completions: list[str]
+    labels: list[Any]
+    metadata: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def only(self, i: int) -> Batch:
+        return Batch([self.prompts[i]], [self.completions[i]], [self.labels[i]], [self.metadata[i]])
+
+    def arguments(self) -> tuple[list[str], list[str], list[Any], list[dict[str, Any]]]:
+        return self.prompts, self.completions, self.labels, self.metadata
+
+
+class Term(Protocol):
+    """One reward function, however it is run."""
+
+    def grade(self, batch: Batch, timeout_s: float, first_failure_only: bool) -> list[float | Failure]: ...
+
+    def close(self) -> None: ...
+
+
+class BoundedTerm:
+    """A function of ours whose work is bounded whatever the text: called here, sample by sample."""
+
+    def __init__(self, function: RewardFunction, options: dict[str, Any]):
+        self._function = function
+        self._options = options
+
+    def grade(self, batch: Batch, timeout_s: float, first_failure_only: bool) -> list[float | Failure]:
+        return [self._grade_one(batch.only(i)) for i in range(len(batch))]
+
+    def _grade_one(self, sample: Batch) -> float | Failure:
+        try:
+            return self._function(*sample.arguments(), **self._options)[0]
+        except ValueError as error:
+            return Failure(f"raised ValueError: {error}")
+
+    def close(self) -> None:
+        pass
+
+
+class AccuracyTerm:
+    """Accuracy: text and numbers are compared here, computer algebra runs in a worker.
+
+    The worker is started for the first answer that needs it. An answer on which computer algebra does not end, or runs out
+    of memory, is the policy's doing and simply wrong; running out of time for the batch as a whole is a failure.
+    """
+
+    def __init__(self, options: dict[str, Any]):
+        self._method = options.get("method", "auto")
+        self._worker = WorkerProcess("r1_megatron.rewards.accuracy:accuracy_reward", options)
+
+    def grade(self, batch: Batch, timeout_s: float, first_failure_only: bool) -> list[float | Failure]:
+        deadline = time.monotonic() + timeout_s
+        return [self._grade_one(batch.only(i), deadline, timeout_s) for i in range(len(batch))]
+
+    def _grade_one(self, sample: Batch, deadline: float, timeout_s: float) -> float | Failure:
+        try:
+            settled = accuracy.settle(sample.completions[0], sample.labels[0], self._method)
+            if settled is not None:
+                return settled
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return Failure(f"was not reached within {timeout_s:g} s (reward.timeout_s) for the whole batch")
+            return self._worker.call(*sample.arguments(), timeout_s=min(ANSWER_TIMEOUT_S, remaining))[0]
+        except (CallTimedOut, CallDied):
+            return 0.0
+        except CallFailed as error:
+            return Failure(str(error))
+        except ValueError as error:
+            return Failure(f"raised ValueError: {error}")
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+class PluginTerm:
+    """Someone else's function, in a worker; one call for the whole batch.
+
+    When that call fails, the samples are tried one by one to find the culprit, within ``timeout_s`` more in all and a
+    quarter of it each.
+    """
+
+    def __init__(self, function: str, options: dict[str, Any]):
+        self._worker = WorkerProcess(function, options)
+        self._worker.start()
+
+    def grade(self, batch: Batch, timeout_s: float, first_failure_only: bool) -> list[float | Failure]:
+        try:
+            values = self._worker.call(*batch.arguments(), timeout_s=timeout_s)
+        except CallFailed as error:
+            if len(batch) == 1:
+                return [Failure(str(error))]
+            return self._grade_apart(batch, str(error), timeout_s, first_failure_only)
+        return [_checked(value) for value in values]
+
+    def _grade_apart(
+        self, batch: Batch, cause: str, timeout_s: float, first_failure_only: bool
+    ) -> list[float | Failure]:
+        unknown = Failure(f"{cause} (in a batch of {len(batch)}; no single sample could be blamed)")
+        deadline = time.monotonic() + timeout_s
+        values: list[float | Failure] = []
+        for i in range(len(batch)):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                break
+            try:
+                value = self._worker.call(*batch.only(i).arguments(), timeout_s=min(timeout_s / 4, remaining))[0]
+                values.append(_checked(value))
+            except CallFailed as error:
+                values.append(Failure(str(error)))
+            if first_failure_only and isinstance(values[-1], Failure):
+                break
+        if first_failure_only and not any(isinstance(value, Failure) for value in values):
+            return [unknown] * len(batch)
+        return values + [unknown] * (len(batch) - len(values))
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+class Grader:
+    """The weighted terms of a run. Build it with :func:`build_rewards`, close it when the run ends."""
+
+    def __init__(self, cfg: RewardConfig, terms: dict[str, tuple[RewardTermConfig, Term]]):
+        self._cfg = cfg
+        self._terms = terms
+        # What failed in the latest batch, in words, at most MAX_ERRORS_KEPT: for the log under on_error: zero.
+        self.last_errors: tuple[str, ...] = ()
+
+    def grade(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Grades:
+        """Grade completions, ``prompts[i]`` being what ``completions[i]`` answers.
+
+        Raises:
+            RewardError: a term failed and ``reward.on_error`` is ``fail``.
+        """
+        assert len(prompts) == len(completions), f"{len(prompts)} prompts, {len(completions)} completions"
+        n = len(completions)
+        batch = Batch(
+            [p.text for p in prompts], list(completions), [p.label for p in prompts], [p.metadata for p in prompts]
+        )
+        total, failed = np.zeros(n), np.zeros(n, dtype=bool)
+        components: dict[str, np.ndarray] = {}
+        errors: list[str] = []
+        fail = self._cfg.on_error == "fail"
+        for name, (term_cfg, term) in self._terms.items():
+            values = term.grade(batch, self._cfg.timeout_s, first_failure_only=fail) if n else []
+            for i, value in enumerate(values):
+                if not isinstance(value, Failure):
+                    continue
+                where = f"prompt {prompts[i].index} (completion {i} of {n}: {completions[i][:60]!r})"
+                errors.append(f"reward {term_cfg.function!r} {value.reason}, at {where}")
+                failed[i] = True
+                if fail:
+                    raise RewardError(f"{errors[-1]}. Mend the function or the data, or set reward.on_error=zero.")
+            components[name] = np.array([0.0 if isinstance(v, Failure) else v for v in values], dtype=np.float64)
+            total += term_cfg.weight * components[name]
+        self.last_errors = tuple(errors[:MAX_ERRORS_KEPT])
+        return Grades(total, components, int(failed.sum()))
+
+    def close(self) -> None:
+        for _, term in self._terms.values():
+            term.close()
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def build_rewards(cfg: RewardConfig) -> Grader:
+    """Build every term, so that a name, an option or an import that is wrong shows before anything is sampled.
+
+    Raises:
+        ValueError: names every term that cannot be built.
+    """
+    terms: dict[str, tuple[RewardTermConfig, Term]] = {}
+    problems = [] if cfg.terms else ["reward.terms is empty: give at least one term"]
+    if not cfg.timeout_s > 0:
+        problems.append(f"reward.timeout_s={cfg.timeout_s}: expected more than 0 seconds")
+    for number, term_cfg in enumerate(cfg.terms):
+        try:
+            if not math.isfinite(term_cfg.weight):
+                raise ValueError(f"weight={term_cfg.weight} is not finite")
+            terms[_free_name(term_cfg.function, terms)] = (term_cfg, _build_term(term_cfg))
+        except (ValueError, CallFailed) as error:
+            problems.append(f"reward.terms[{number}] ({term_cfg.function}): {error}")
+    if problems:
+        for _, term in terms.values():
+            term.close()
+        raise ValueError("\n".join(problems))
+    return Grader(cfg, terms)
+
+
+def _build_term(cfg: RewardTermConfig) -> Term:
+    if ":" in cfg.function:
+        return PluginTerm(cfg.function, cfg.options)
+    if cfg.function not in NAMES:
+        nearest = difflib.get_close_matches(cfg.function, NAMES, n=1)
+        meant = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"unknown; ours are {', '.join(NAMES)}, a plug-in is package.module:function.{meant}")
+    function = accuracy.accuracy_reward if cfg.function == "accuracy" else BOUNDED[cfg.function]
+    known = list(inspect.signature(function).parameters)[4:]
+    unknown = sorted(set(cfg.options) - set(known))
+    if unknown:
+        raise ValueError(f"unknown options {', '.join(unknown)}; known are: {', '.join(known) or 'none'}")
+    if cfg.function != "accuracy":
+        return BoundedTerm(function, cfg.options)
+    if cfg.options.get("method", "auto") not in accuracy.METHODS:
+        raise ValueError(f"method={cfg.options['method']!r}: expected one of {accuracy.METHODS}")
+    return AccuracyTerm(cfg.options)
+
+
+def _free_name(function: str, taken: dict[str, Any]) -> str:
+    """A short name for the metrics: the function's own, numbered where it comes again."""
+    base = function.rpartition(":")[2] or function
+    name, number = base, 2
+    while name in taken:
+        name, number = f"{base}_{number}", number + 1
+    return name
+
+
+def _checked(value: Any) -> float | Failure:
+    if isinstance(value, dict):
+        return Failure(f"returned {value['bad']}, expected a number")
+    if not math.isfinite(value):
+        return Failure(f"returned {value}, expected a finite number")
+    return value

@@ -1,0 +1,222 @@
+"""What this machine has and lacks for training, and what follows from it. ``r1-megatron doctor`` prints it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from r1_megatron.telemetry.gpu import list_gpus
+from r1_megatron.telemetry.host import available_cores, available_memory_bytes, version_of
+
+MEGATRON_CORE = "0.16.1"
+TRANSFORMER_ENGINE = ((2, 9), (2, 12))  # from, below
+MINIMUM_TORCH = (2, 11)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination.
+
+    ``state``: "ok"; "none": absent, and something optional is therefore not possible; "bad": runs will fail.
+    """
+
+    topic: str
+    state: Literal["ok", "none", "bad"]
+    found: str
+    consequence: str = ""
+
+
+def examine() -> list[Finding]:
+    """All findings, hardware first. Never raises: a check that fails is a finding."""
+    checks: tuple[Callable[[], Sequence[Finding]], ...] = (
+        _host, _gpus, _python, _torch, _communication, _megatron_core, _transformer_engine, _apex,
+        _packages, _compilers,
+    )  # fmt: skip
+    findings: list[Finding] = []
+    for check in checks:
+        try:
+            findings += check()
+        except Exception as error:  # a broken installation is what one calls a doctor for
+            topic = check.__name__.strip("_").replace("_", " ")
+            findings.append(Finding(topic, "bad", f"the check failed: {type(error).__name__}: {error}"))
+    return findings
+
+
+def show(findings: Sequence[Finding]) -> str:
+    """The findings as an aligned table with a conclusion."""
+    width = max(len(finding.topic) for finding in findings)
+    marks = {"ok": "ok ", "none": " - ", "bad": "BAD"}
+    lines = []
+    for finding in findings:
+        lines.append(f"{marks[finding.state]}  {finding.topic:{width}}  {finding.found}")
+        if finding.consequence:
+            lines.append(f"     {'':{width}}  -> {finding.consequence}")
+    bad = [finding.topic for finding in findings if finding.state == "bad"]
+    device = "CUDA over NCCL" if any(f.topic == "CUDA" and f.state == "ok" for f in findings) else "CPU over Gloo"
+    lines.append("")
+    lines.append(f"Mend first: {', '.join(bad)}." if bad else f"This machine can train on {device}.")
+    return "\n".join(lines)
+
+
+def _host() -> list[Finding]:
+    memory, cores = available_memory_bytes(), available_cores()
+    free = shutil.disk_usage(Path.cwd()).free
+    findings = [
+        Finding("CPU cores", "ok", str(cores), "more than 1 rank shares one core" if cores == 1 else ""),
+        Finding("memory", "ok", f"{memory / 1e9:.1f} GB", "tight for the demo's two ranks" if memory < 4e9 else ""),
+        Finding("disk here", "ok" if free > 1e9 else "bad", f"{free / 1e9:.1f} GB free",
+                "checkpoints will not fit" if free <= 1e9 else ""),
+    ]  # fmt: skip
+    shm = Path("/dev/shm")
+    if shm.is_dir():
+        size = shutil.disk_usage(shm).total
+        small = size < 256e6
+        consequence = (
+            "NCCL may fail between GPUs of this node: start the container with --shm-size=16g" if small else ""
+        )
+        findings.append(Finding("/dev/shm", "none" if small else "ok", f"{size / 1e9:.1f} GB", consequence))
+    return findings
+
+
+def _gpus() -> list[Finding]:
+    gpus, reason = list_gpus()
+    if not gpus:
+        return [Finding("GPUs (NVML)", "none", reason, "clocks, memory and errors of GPUs are not shown")]
+    findings = []
+    for gpu in gpus:
+        found = f"{gpu.name}, {gpu.memory_total / 2**30:.0f} GiB, {gpu.memory_used / 2**30:.1f} GiB in use"
+        found += f", {gpu.sm_clock}/{gpu.sm_clock_max} MHz" if gpu.sm_clock is not None else ""
+        broken = bool(gpu.ecc_errors)
+        consequence = f"{gpu.ecc_errors} uncorrected memory errors: take it out of use" if broken else ""
+        findings.append(Finding(f"GPU {gpu.index}", "bad" if broken else "ok", found, consequence))
+    return findings
+
+
+def _python() -> list[Finding]:
+    good = (3, 10) <= sys.version_info[:2] <= (3, 13)
+    version = ".".join(map(str, sys.version_info[:3]))
+    return [Finding("Python", "ok" if good else "bad", version, "" if good else "3.10 to 3.13 is supported")]
+
+
+def _torch() -> list[Finding]:
+    if version_of("torch") is None:
+        return [Finding("torch", "bad", "not installed", "nothing runs: pip install -c constraints.txt .")]
+    import torch
+
+    good = _numbers(torch.__version__) >= MINIMUM_TORCH
+    findings = [
+        Finding("torch", "ok" if good else "bad", torch.__version__, "" if good else "2.11 or newer is needed"),
+    ]
+    if torch.cuda.is_available():
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(0))
+        findings.append(
+            Finding("CUDA", "ok", f"{torch.version.cuda}, {torch.cuda.device_count()} devices, {capability}")
+        )
+    else:
+        why = "this torch is built for CPU only" if torch.version.cuda is None else "torch sees no device"
+        findings.append(Finding("CUDA", "none", why, "training runs on the CPU over Gloo"))
+    return findings
+
+
+def _communication() -> list[Finding]:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return [Finding("torch.distributed", "bad", "not in this torch", "not even one rank can start")]
+    gloo, nccl = dist.is_gloo_available(), dist.is_nccl_available()
+    findings = [Finding("Gloo", "ok" if gloo else "bad", "yes" if gloo else "no", "" if gloo else "no ranks on CPU")]
+    if nccl:
+        import torch.cuda.nccl
+
+        findings.append(Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version()))))
+    else:
+        findings.append(Finding("NCCL", "none", "not in this torch", "no ranks on GPUs"))
+    return findings
+
+
+def _megatron_core() -> list[Finding]:
+    version = version_of("megatron-core")
+    if version == MEGATRON_CORE:
+        return [Finding("megatron-core", "ok", version)]
+    consequence = f"runs refuse to start: pip install megatron-core=={MEGATRON_CORE}"
+    return [Finding("megatron-core", "bad", version or "not installed", consequence)]
+
+
+def _transformer_engine() -> list[Finding]:
+    version = version_of("transformer-engine")
+    if version is None:
+        consequence = "the plain PyTorch layers are used: right everywhere, slower on GPUs, no FP8"
+        return [Finding("Transformer Engine", "none", "not installed", consequence)]
+    lowest, below = TRANSFORMER_ENGINE
+    good = lowest <= _numbers(version) < below
+    consequence = "" if good else "tested with >=2.9,<2.12 only: pip install 'r1_megatron[gpu]'"
+    return [Finding("Transformer Engine", "ok" if good else "bad", version, consequence)]
+
+
+def _apex() -> list[Finding]:
+    """NVIDIA's Apex is built from source and brings the extension ``amp_C``; "apex" on PyPI is another project."""
+    nvidia = importlib.util.find_spec("amp_C") is not None
+    if nvidia:
+        return [Finding("Apex", "ok", "NVIDIA's, with its extensions")]
+    if importlib.util.find_spec("apex") is not None:
+        consequence = "megatron-core may import it by mistake: pip uninstall apex"
+        return [Finding("Apex", "bad", "a package of that name without NVIDIA's extensions", consequence)]
+    return [Finding("Apex", "none", "not installed", "not needed: gradients are clipped and scaled by PyTorch")]
+
+
+def _packages() -> list[Finding]:
+    wanted = (
+        ("sentencepiece", "sentencepiece", "bad", "the tasks' own tokenizers cannot be built"),
+        ("math-verify", "math-verify", "bad", "the accuracy reward cannot compare mathematics"),
+        ("tensorboard", "tensorboard", "none", "set telemetry.tensorboard=false; metrics.jsonl is always written"),
+        ("matplotlib", "matplotlib", "none", "no report: set telemetry.report=none"),
+        ("wandb", "wandb", "none", "telemetry.wandb_project stays null, or: pip install 'r1_megatron[track]'"),
+        ("transformers", "transformers", "none", "only the tests that compare against it are skipped"),
+    )
+    findings = []
+    for topic, package, state, consequence in wanted:
+        version = version_of(package)
+        if version is not None:
+            findings.append(Finding(topic, "ok", version))
+        else:
+            findings.append(Finding(topic, "bad" if state == "bad" else "none", "not installed", consequence))
+    return findings
+
+
+def _compilers() -> list[Finding]:
+    findings = []
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler:
+        findings.append(Finding("C++ compiler", "ok", _first_line([*shlex.split(compiler), "--version"])))
+    else:
+        findings.append(Finding("C++ compiler", "none", "none found", "the plain PyTorch operators are used"))
+    nvcc = shutil.which("nvcc") or next((str(p) for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
+    if nvcc:
+        release = re.search(r"release ([\d.]+)", _output([nvcc, "--version"]))
+        findings.append(Finding("nvcc", "ok", f"{release.group(1) if release else 'unknown release'} ({nvcc})"))
+    else:
+        findings.append(Finding("nvcc", "none", "none found", "CUDA operators cannot be built here"))
+    return findings
+
+
+def _output(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return done.stdout + done.stderr
+
+
+def _first_line(command: Sequence[str]) -> str:
+    return next(iter(_output(command).splitlines()), "no version printed")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``"2.13.0+cpu"`` -> ``(2, 13)``."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

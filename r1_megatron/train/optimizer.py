@@ -1,0 +1,66 @@
+"""The optimizer: megatron-core's Adam (distributed over data-parallel ranks by default), clipping and schedule.
+
+``loss_scale=1.0`` is no scaling, but it is what makes megatron-core check gradients for NaN and Inf: with it a bad
+value on one rank makes every rank skip the step with its parameters bit-unchanged; without it NaN is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from r1_megatron.config.schema import TrainConfig
+from r1_megatron.parallel.device import cuda_type_names
+
+
+def ddp_config(train: TrainConfig) -> DistributedDataParallelConfig:
+    """Gradients are summed in float32 over data-parallel ranks and never averaged: weights carry the average."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        average_in_collective=False,
+        check_for_nan_in_grad=False,
+        use_distributed_optimizer=train.use_distributed_optimizer,
+        overlap_grad_reduce=train.overlap_grad_reduce,
+        overlap_param_gather=train.overlap_param_gather,
+    )
+
+
+def build_optimizer(
+    train: TrainConfig, wrapped: Sequence[torch.nn.Module]
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Adam with decoupled weight decay (none on vectors, as Megatron does) and the learning-rate schedule."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        loss_scale=1.0,
+        bf16=train.bf16,
+        params_dtype=torch.bfloat16 if train.bf16 else torch.float32,
+        use_distributed_optimizer=train.use_distributed_optimizer,
+        overlap_param_gather=train.overlap_param_gather,
+    )
+    with cuda_type_names():
+        optimizer = get_megatron_optimizer(config, list(wrapped), use_gloo_process_groups=False)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=train.lr_warmup_steps,
+        lr_decay_steps=max(train.lr_decay_steps or train.steps, train.lr_warmup_steps + 1),
+        lr_decay_style=train.lr_decay_style,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler

@@ -1,0 +1,174 @@
+"""The policy as a trainable object: one set of weights that is trained, sampled and compared with a reference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from r1_megatron.config.schema import RunConfig
+from r1_megatron.data.packing import common_count, equalise, pack_step, plan_microbatches, unpack
+from r1_megatron.model.build import build_model
+from r1_megatron.model.policy_model import PolicyModel
+from r1_megatron.model.routing import chunk_routers
+from r1_megatron.parallel.groups import ProcessGroups
+from r1_megatron.train.optimizer import build_optimizer, ddp_config
+from r1_megatron.train.schedule import Pipeline, finalize_gradients, statistics_pass
+from r1_megatron.types import StepBatch, TrainSample
+
+# Tensors by chunk and name: the weights of another policy for the same modules.
+Weights = list[dict[str, torch.Tensor]]
+
+
+@dataclass
+class Policy:
+    """The chunks of this rank with everything that moves them.
+
+    Attributes:
+        chunks: the bare models, what rollouts and checkpoints use.
+        wrapped: the same under megatron-core's data parallelism (and its bf16 wrapper).
+        version: optimizer steps taken.
+    """
+
+    cfg: RunConfig
+    groups: ProcessGroups
+    chunks: list[PolicyModel]
+    wrapped: list[torch.nn.Module]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    version: int = 0
+    reference: Weights | None = field(default=None, repr=False)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return Pipeline(self.chunks, self.wrapped, self.groups)
+
+    @property
+    def routing_shape(self) -> tuple[int, int] | None:
+        """``(MoE layers of this pipeline rank, topk)`` where the rollout's experts are replayed, else ``None``."""
+        if not self.cfg.rollout.router_replay or self.cfg.stage != "grpo":
+            return None
+        layers = sum(len(chunk_routers(chunk)) for chunk in self.chunks)
+        return layers, self.cfg.model.moe_router_topk
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def train_mode(self) -> None:
+        for chunk in self.wrapped:
+            chunk.train()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within: every parameter is whole and current without megatron-core's hooks (overlapped gathers finished)."""
+        hooked = self.cfg.train.overlap_param_gather
+        if hooked:
+            for chunk in self.wrapped:
+                chunk.disable_forward_pre_hook(param_sync=True)
+        try:
+            yield
+        finally:
+            if hooked:
+                for chunk in self.wrapped:
+                    chunk.enable_forward_pre_hook()
+
+    def pack(self, samples: Sequence[TrainSample], num_tokens: int) -> StepBatch:
+        """This rank's samples of one optimizer step as microbatches; the same number on every data-parallel rank."""
+        plan = plan_microbatches([len(sample.tokens) for sample in samples], self.cfg.train.micro_batch_tokens)
+        counts = torch.tensor([len(plan)], device=self.groups.device)
+        dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.groups.dp)
+        plan = equalise(plan, common_count([int(counts)], self.pipeline.count_multiple))
+        return pack_step(
+            samples,
+            plan,
+            num_tokens=num_tokens,
+            multiple=self.groups.topology.tp,
+            routing_shape=self.routing_shape,
+            device=self.groups.device,
+        )
+
+    def logprobs(self, samples: Sequence[TrainSample], temperature: float) -> list[np.ndarray]:
+        """Token-aligned log-probabilities of each sample under the training forward, float32, on every rank.
+
+        Entry ``t`` belongs to the token at ``t + 1``; the last entry is meaningless. Collective over all ranks.
+        """
+        lengths = [len(sample.tokens) for sample in samples]
+        plan = plan_microbatches(lengths, self.cfg.train.micro_batch_tokens)
+        counts = torch.tensor([len(plan)], device=self.groups.device)
+        dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.groups.dp)
+        plan = equalise(plan, common_count([int(counts)], self.pipeline.count_multiple))
+        batch = pack_step(
+            samples,
+            plan,
+            num_tokens=0,
+            multiple=self.groups.topology.tp,
+            routing_shape=self.routing_shape,
+            device=self.groups.device,
+        )
+        self.train_mode()
+        with self.gathered():
+            outputs = statistics_pass(self.pipeline, batch.microbatches, temperature)
+        flat = torch.zeros(1, sum(m.tokens.shape[1] for m in batch.microbatches), device=self.groups.device)
+        if self.chunks[-1].post_process:
+            flat = torch.cat(outputs, dim=1).float()
+        dist.broadcast(flat, src=self.groups.pipeline_ranks[-1], group=self.groups.pp)
+        parts = flat.split([m.tokens.shape[1] for m in batch.microbatches], dim=1)
+        answer: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
+        for indices, part, microbatch in zip(plan, parts, batch.microbatches):
+            for index, values in zip(indices, unpack(part, microbatch)):
+                answer[index] = values
+        return answer
+
+    def snapshot(self) -> Weights:
+        """A copy of the current weights and selection biases."""
+        with self.gathered():
+            return [{name: tensor.detach().clone() for name, tensor in _tensors(chunk)} for chunk in self.chunks]
+
+    @contextlib.contextmanager
+    def using(self, weights: Weights) -> Iterator[None]:
+        """Within: the modules compute with ``weights``. Pointers are exchanged, nothing is copied."""
+        with self.gathered():
+            live = [{name: tensor.data for name, tensor in _tensors(chunk)} for chunk in self.chunks]
+            self._point_to(weights)
+            try:
+                yield
+            finally:
+                self._point_to(live)
+
+    def _point_to(self, weights: Weights) -> None:
+        for chunk, tensors in zip(self.chunks, weights):
+            for name, tensor in _tensors(chunk):
+                tensor.data = tensors[name]
+
+
+def build_policy(cfg: RunConfig, groups: ProcessGroups, chunks: list[PolicyModel] | None = None) -> Policy:
+    """Model, data parallelism, optimizer and schedule. ``chunks`` may be given with their weights already loaded."""
+    chunks = build_model(cfg, groups) if chunks is None else chunks
+    config = chunks[0].config
+    wrapped = []
+    for chunk in chunks:
+        inner = Float16Module(config, chunk) if cfg.train.bf16 else chunk
+        wrapped.append(DistributedDataParallel(config, ddp_config(cfg.train), inner))
+    for chunk in wrapped:
+        chunk.broadcast_params()
+        chunk.zero_grad_buffer()
+    optimizer, scheduler = build_optimizer(cfg.train, wrapped)
+    config.finalize_model_grads_func = finalize_gradients
+    config.grad_scale_func = optimizer.scale_loss
+    if cfg.train.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return Policy(cfg, groups, chunks, wrapped, optimizer, scheduler)
+
+
+def _tensors(chunk: PolicyModel) -> list[tuple[str, torch.Tensor]]:
+    biases = [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")]
+    return list(chunk.named_parameters()) + biases

@@ -1,0 +1,174 @@
+"""One pass of microbatches through megatron-core's schedules: no pipelining, 1F1B or interleaved, forward or both ways.
+
+The gradient that results is exactly ``sum_t weights[t] * d loss[t]`` over the global batch on every layout. What it
+takes in megatron-core 0.16.1 (each point is a test that fails without it):
+
+* the loss function answers a triple; a pair would be divided by the number of microbatches;
+* `finalize_gradients` drops ``num_tokens``, so nothing is divided by a token count either;
+* all data-parallel ranks run the same number of microbatches; with interleaving it is a multiple of the pipeline size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from r1_megatron.model.policy_model import PolicyModel
+from r1_megatron.model.routing import RoutingPlan, all_routers
+from r1_megatron.parallel.groups import ProcessGroups
+from r1_megatron.train.objectives import Metrics, Objective
+from r1_megatron.types import MicroBatch
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The chunks of this pipeline rank: ``wrapped`` as megatron-core's schedules want them, ``bare`` as built."""
+
+    bare: Sequence[PolicyModel]
+    wrapped: Sequence[torch.nn.Module]
+    groups: ProcessGroups
+
+    @property
+    def count_multiple(self) -> int:
+        """The number of microbatches of a pass is a multiple of this."""
+        return self.groups.topology.pp if len(self.bare) > 1 else 1
+
+
+@dataclass(frozen=True)
+class MicroBatchOutput:
+    """What the last stage learned from one microbatch in training: its loss and metrics, detached."""
+
+    loss: torch.Tensor
+    metrics: Metrics
+
+
+def finalize_gradients(model, num_tokens=None, **kwargs) -> None:
+    """megatron-core's gradient reductions and balancing-bias update, without its division by the token count."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def train_pass(
+    pipeline: Pipeline, microbatches: Sequence[MicroBatch], objective: Objective, num_sequences: int
+) -> list[MicroBatchOutput]:
+    """Forward and backward; gradients end in every parameter's ``main_grad``, reduced. Answers on the last stage only.
+
+    ``num_sequences`` of the whole step (all data-parallel ranks) normalises the sequence-wise auxiliary loss.
+    """
+    for chunk in pipeline.bare:
+        for router in all_routers(chunk):
+            router.router_replay.reset()
+
+    def read(output: torch.Tensor, batch: MicroBatch):
+        nll = output[:1]
+        entropy = output[1:] if objective.need_entropy else None
+        loss, metrics = objective(nll, entropy, batch)
+        return loss, torch.zeros((), dtype=torch.int), MicroBatchOutput(loss.detach().clone(), metrics)
+
+    return _run(pipeline, microbatches, objective, read, num_sequences, forward_only=False)
+
+
+@torch.no_grad()
+def statistics_pass(
+    pipeline: Pipeline, microbatches: Sequence[MicroBatch], temperature: float
+) -> list[torch.Tensor]:
+    """Forward only: the log-probability of every label, ``[1, T]`` per microbatch. Answers on the last stage only."""
+
+    def read(output: torch.Tensor, batch: MicroBatch):
+        return -output[:1].detach().clone()
+
+    return _run(pipeline, microbatches, _Statistics(temperature), read, 0, forward_only=True)
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    temperature: float
+    need_entropy: bool = False
+    trains_mtp: bool = False
+
+
+def _run(
+    pipeline: Pipeline,
+    microbatches: Sequence[MicroBatch],
+    head,
+    read: Callable,
+    num_sequences: int,
+    forward_only: bool,
+) -> list:
+    assert len(microbatches) % pipeline.count_multiple == 0
+    for chunk in pipeline.bare:
+        chunk.temperature, chunk.need_entropy = head.temperature, head.need_entropy
+    bare = {id(wrapped): chunk for wrapped, chunk in zip(pipeline.wrapped, pipeline.bare)}
+
+    def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module):
+        batch = next(batches)
+        plan = routing_plan(batch, pipeline.groups, num_sequences, for_backward=not forward_only)
+        for router in all_routers(bare[id(model)]):
+            router.router_replay.begin(plan)
+        mtp_weights = batch.weights if head.trains_mtp else torch.zeros_like(batch.weights)
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            None,
+            labels=batch.labels,
+            packed_seq_params=packed_sequences(batch),
+            loss_mask=mtp_weights,
+        )
+        return output, lambda output, non_loss_data=False: read(output, batch)
+
+    iterators = [iter(microbatches) for _ in pipeline.wrapped]
+    several = len(pipeline.wrapped) > 1
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if several else iterators[0],
+        model=list(pipeline.wrapped) if several else pipeline.wrapped[0],
+        num_microbatches=len(microbatches),
+        seq_length=microbatches[0].tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+    for chunk in pipeline.bare:
+        for router in all_routers(chunk):
+            router.router_replay.begin(None)
+    return outputs
+
+
+def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
+    """The pack's boundaries for attention and rotary embedding; ``lengths`` keeps them as Python integers too."""
+    boundaries = torch.zeros(len(batch.lengths) + 1, dtype=torch.int32)
+    boundaries[1:] = torch.tensor(batch.lengths, dtype=torch.int32).cumsum(0)
+    boundaries = boundaries.to(batch.tokens.device)
+    longest = max(batch.lengths)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    packed.lengths = batch.lengths
+    return packed
+
+
+def routing_plan(batch: MicroBatch, groups: ProcessGroups, num_sequences: int, for_backward: bool) -> RoutingPlan:
+    """What the routers are told about a microbatch: the rows of this tensor-parallel rank's sequence shard."""
+    total = batch.tokens.shape[1]
+    rows = total // groups.topology.tp
+    first = groups.tp_rank * rows
+    real = min(max(batch.num_tokens - first, 0), rows)
+    lengths = torch.tensor(batch.lengths[: batch.num_sequences], dtype=torch.long)
+    sequence_ids = torch.repeat_interleave(torch.arange(batch.num_sequences), lengths)[first : first + real]
+    experts = None if batch.routed_experts is None else batch.routed_experts[first : first + rows]
+    return RoutingPlan(
+        num_tokens=real,
+        sequence_ids=sequence_ids.to(batch.tokens.device),
+        sequence_lengths=lengths.to(batch.tokens.device),
+        aux_loss_scale=1.0 / num_sequences if num_sequences else 0.0,
+        experts=experts,
+        for_backward=for_backward,
+    )

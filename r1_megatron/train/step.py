@@ -1,0 +1,152 @@
+"""One optimizer step: forward, backward, clip, update; or a clear account of why not."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from r1_megatron.model.parameters import global_parameters
+from r1_megatron.parallel.device import cuda_type_names
+from r1_megatron.rl.loss import is_maximum, mean_metrics, merge_metrics
+from r1_megatron.train.objectives import Objective
+from r1_megatron.train.policy import Policy
+from r1_megatron.train.schedule import MicroBatchOutput, train_pass
+from r1_megatron.types import MicroBatch, StepBatch, StepResult
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient was NaN or Inf; the message names step, microbatch, rank and parameter."""
+
+
+def train_step(policy: Policy, batch: StepBatch, objective: Objective, num_sequences: int) -> StepResult:
+    """Minimise ``sum_t weights[t] * loss[t]`` by one step. Collective over all ranks.
+
+    Args:
+        num_sequences: real sequences of the step over all data-parallel ranks.
+
+    Raises:
+        NonFiniteError: with ``train.on_nonfinite = "stop"``; parameters are unchanged then.
+    """
+    policy.train_mode()
+    biases = [(bias, bias.clone()) for bias in _selection_biases(policy)]
+    for chunk in policy.wrapped:
+        chunk.zero_grad_buffer()
+    policy.optimizer.zero_grad()
+    outputs = train_pass(policy.pipeline, batch.microbatches, objective, num_sequences)
+    loss, metrics = _reduce(policy, outputs)
+    policy.scheduler.step(increment=1)
+    learning_rate = policy.learning_rate
+    grad_norm, updated = math.nan, False
+    if math.isfinite(loss):
+        with cuda_type_names():
+            updated, grad_norm, _ = policy.optimizer.step()
+    if updated:
+        policy.version += 1
+    else:
+        policy.scheduler.num_steps -= 1
+        for bias, before in biases:
+            bias.copy_(before)
+        if policy.cfg.train.on_nonfinite == "stop":
+            raise NonFiniteError(_diagnose(policy, batch, objective, num_sequences, loss))
+    metrics["actor/lr"] = learning_rate
+    metrics["actor/grad_norm"] = float(grad_norm) if updated else math.nan
+    return StepResult(loss=loss, grad_norm=metrics["actor/grad_norm"], updated=bool(updated), metrics=metrics)
+
+
+def _selection_biases(policy: Policy) -> list[torch.Tensor]:
+    return [
+        buffer for chunk in policy.chunks for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")
+    ]
+
+
+def _reduce(policy: Policy, outputs: list[MicroBatchOutput]) -> tuple[float, dict[str, float]]:
+    """Loss and metrics of the step on every rank: summed over microbatches and data-parallel ranks, last stage to all."""
+    groups = policy.groups
+    last = policy.chunks[-1].post_process
+    names: list[list[str]] = [[]]
+    if last:
+        totals = merge_metrics(output.metrics for output in outputs)
+        names = [sorted(totals)]
+    if groups.topology.pp > 1:
+        dist.broadcast_object_list(names, src=groups.pipeline_ranks[-1], group=groups.pp)
+    sums = [name for name in names[0] if not is_maximum(name)]
+    maxima = [name for name in names[0] if is_maximum(name)]
+    values = torch.zeros(1 + len(sums), dtype=torch.float64, device=groups.device)
+    tops = torch.zeros(len(maxima), dtype=torch.float64, device=groups.device)
+    if last:
+        values[0] = torch.stack([output.loss for output in outputs]).double().sum()
+        for i, name in enumerate(sums):
+            values[1 + i] = totals[name].double()
+        for i, name in enumerate(maxima):
+            tops[i] = totals[name].double()
+        dist.all_reduce(values, group=groups.dp)
+        dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=groups.dp)
+    if groups.topology.pp > 1:
+        dist.broadcast(values, src=groups.pipeline_ranks[-1], group=groups.pp)
+        dist.broadcast(tops, src=groups.pipeline_ranks[-1], group=groups.pp)
+    reduced = dict(zip(sums, values[1:].tolist())) | dict(zip(maxima, tops.tolist()))
+    num_tokens = reduced.get("num_tokens", 0.0)
+    return values[0].item(), mean_metrics(reduced) | {"num_tokens": num_tokens}
+
+
+def _diagnose(policy: Policy, batch: StepBatch, objective: Objective, num_sequences: int, loss: float) -> str:
+    """Run the microbatches one at a time, gradients left unreduced, and name the first one that goes wrong."""
+    config, groups = policy.chunks[0].config, policy.groups
+    finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+    no_sync, config.no_sync_func = config.no_sync_func, None
+    found = None
+    try:
+        for index, microbatch in enumerate(batch.microbatches):
+            for chunk in policy.wrapped:
+                chunk.zero_grad_buffer()
+            fillers = [_silent(microbatch)] * (policy.pipeline.count_multiple - 1)
+            outputs = train_pass(policy.pipeline, [microbatch, *fillers], objective, num_sequences)
+            bad_loss = [output.loss.item() for output in outputs if not torch.isfinite(output.loss)]
+            mine = None
+            if bad_loss:
+                mine = f"the loss is {bad_loss[0]}"
+            else:
+                name = _first_bad_gradient(policy)
+                if name is not None:
+                    mine = f"the gradient of {name} is not finite"
+            everyone: list = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+            # A bad loss comes before the bad gradients it causes on other ranks.
+            reports = [(not text.startswith("the loss"), rank, text) for rank, text in enumerate(everyone) if text]
+            if reports:
+                _, rank, text = min(reports)
+                dp_rank = rank // groups.topology.tp % groups.topology.dp
+                found = f"in microbatch {index} of data-parallel rank {dp_rank}, {text} (seen on rank {rank})"
+                break
+    finally:
+        config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
+    where = found or f"the summed loss is {loss}, though each microbatch by itself is finite: the reduction overflowed"
+    return (
+        f"step {policy.version}: {where}. Parameters are unchanged. Lower train.lr, look at the samples of this step, "
+        "or set train.on_nonfinite=skip to go on without such steps."
+    )
+
+
+def _silent(microbatch: MicroBatch) -> MicroBatch:
+    """The same shapes with no weight and finite content, to fill an interleaved schedule."""
+    return MicroBatch(
+        tokens=microbatch.tokens,
+        labels=microbatch.labels,
+        position_ids=microbatch.position_ids,
+        weights=torch.zeros_like(microbatch.weights),
+        lengths=microbatch.lengths,
+        num_tokens=microbatch.num_tokens,
+        num_sequences=microbatch.num_sequences,
+        arrays={name: torch.zeros_like(array) for name, array in microbatch.arrays.items()},
+        routed_experts=microbatch.routed_experts,
+    )
+
+
+def _first_bad_gradient(policy: Policy) -> str | None:
+    for chunk in policy.chunks:
+        for parameter in global_parameters(chunk, policy.groups):
+            if not torch.isfinite(parameter.tensor.main_grad).all():
+                return parameter.name
+    return None

@@ -1,0 +1,274 @@
+"""What the generation tests ask ranks to do: sample, then run the same sequences through the training forward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from r1_megatron.config.schema import (
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    SamplingConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from r1_megatron.data.tokenizers import build_tokenizer
+from r1_megatron.model.build import build_model
+from r1_megatron.model.latent_attention import gather_rows
+from r1_megatron.model.routing import chunk_routers
+from r1_megatron.parallel.groups import ProcessGroups, build_process_groups
+from r1_megatron.rollout import sampler
+from r1_megatron.rollout.engine import Engine, build_engine
+from r1_megatron.train.policy import Policy, build_policy
+from r1_megatron.types import Prompt, Rollout, TrainSample
+
+# Weights as wide as 1/sqrt(hidden) make a random model that is far from uniform.
+MODEL = ModelConfig(
+    init_method_std=0.15,
+    rope_type="yarn",
+    original_max_position_embeddings=64,
+)
+# Twelve stop tokens: some of the samples end early.
+SAMPLING = SamplingConfig(max_new_tokens=24, stop_token_ids=tuple(range(2, 12)))
+SEED = 11
+
+
+def run_config(parallel: ParallelConfig, model: ModelConfig = MODEL, **sections: Any) -> RunConfig:
+    base = RunConfig(
+        model=model,
+        parallel=parallel,
+        tokenizer=TokenizerConfig(kind="chain_sum"),
+        data=DataConfig(max_prompt_tokens=40),
+        sampling=SAMPLING,
+        rollout=RolloutConfig(max_sequences=10, router_replay=True),
+        train=TrainConfig(micro_batch_tokens=64),
+    )
+    return replace(base, **sections)
+
+
+def some_prompts(num_prompts: int, vocab_size: int = MODEL.vocab_size, seed: int = 7) -> list[Prompt]:
+    """Prompts of one to 33 random tokens."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.choice([1, 2, 7, 19, 33], num_prompts)
+    return [
+        Prompt(index=100 + i, text="", tokens=tuple(int(t) for t in rng.integers(0, vocab_size, length)))
+        for i, length in enumerate(lengths)
+    ]
+
+
+def share(prompts: list[Prompt], groups: ProcessGroups, uneven: bool) -> list[Prompt]:
+    """This data-parallel rank's prompts. Uneven: rank 0 gets none, the last nearly all."""
+    dp, rank = groups.topology.dp, groups.dp_rank
+    if not uneven or dp == 1:
+        return prompts[rank::dp]
+    if rank == dp - 1:
+        return prompts[dp - 2 :]
+    return prompts[rank - 1 : rank] if rank else []
+
+
+def setup(cfg: RunConfig) -> tuple[ProcessGroups, Policy, Engine]:
+    groups = build_process_groups(cfg.parallel)
+    chunks = build_model(cfg, groups)
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            if hasattr(layer.mlp, "router"):
+                generator = torch.Generator().manual_seed(layer.layer_number)
+                bias = layer.mlp.router.expert_bias
+                bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
+    policy = build_policy(cfg, groups, chunks)
+    return groups, policy, build_engine(cfg, chunks, groups, build_tokenizer(cfg.tokenizer))
+
+
+def as_sample(rollout: Rollout, replay: bool) -> TrainSample:
+    zeros = np.zeros(len(rollout.tokens), dtype=np.float32)
+    routing = None
+    if rollout.routed_experts is not None and replay:
+        routing = rollout.routed_experts
+    return TrainSample(
+        tokens=rollout.tokens,
+        loss_mask=zeros.astype(bool),
+        advantages=zeros,
+        weights=zeros,
+        behaviour_logprobs=zeros,
+        routed_experts=routing,
+    )
+
+
+def check_rollouts(
+    parallel: ParallelConfig,
+    num_prompts: int = 5,
+    samples_per_prompt: int = 3,
+    temperature: float = 1.0,
+    uneven: bool = False,
+    model: ModelConfig = MODEL,
+    pipeline_groups: int | None = None,
+) -> dict[str, Any]:
+    """Sample, then compare with the training forward of the same weights and layout.
+
+    Answers ``samples`` (tokens by request), ``diff`` (largest difference of a log-probability), ``num_routed`` and
+    ``misrouted`` (token-layers, and those whose recorded experts differ from the training forward's).
+    """
+    cfg = run_config(parallel, model)
+    cfg = replace(
+        cfg,
+        train=replace(cfg.train, micro_batch_tokens=4096),
+        rollout=replace(cfg.rollout, pipeline_groups=pipeline_groups),
+    )
+    groups, policy, engine = setup(cfg)
+    sampling = replace(SAMPLING, temperature=temperature)
+    mine = share(some_prompts(num_prompts, model.vocab_size), groups, uneven)
+    answers = engine.generate(mine, samples_per_prompt, sampling, seed=SEED, policy_version=4)
+    rollouts = [rollout for group in answers for rollout in group]
+    check_nouns(mine, answers, sampling)
+
+    chosen = record_training_routing(policy)
+    logprobs = training_logprobs(policy, rollouts, temperature)
+    diff = max((np.abs(a - r.logprobs).max() for a, r in zip(logprobs, rollouts)), default=0.0)
+    misrouted, num_routed = compare_routing(chosen, rollouts, groups)
+    return {
+        "samples": {r.request: r.tokens.tolist() for r in rollouts},
+        "logprobs": {r.request: r.logprobs.tolist() for r in rollouts},
+        "diff": float(diff),
+        "misrouted": misrouted,
+        "num_routed": num_routed,
+        "num_stopped": sum(r.finish == "stop" for r in rollouts),
+        "metrics": engine.metrics,
+        "training": [chunk.training for chunk in policy.chunks],
+    }
+
+
+def check_nouns(prompts: list[Prompt], answers: list[list[Rollout]], sampling: SamplingConfig) -> None:
+    """Every rollout answers its own prompt, ends for the reason it states, and its arrays have the promised shapes."""
+    for prompt, group in zip(prompts, answers):
+        for number, rollout in enumerate(group):
+            assert rollout.request == prompt.index * 2**20 + number
+            assert tuple(rollout.tokens[: rollout.prompt_len]) == prompt.tokens
+            assert rollout.tokens.dtype == np.int64 and rollout.logprobs.dtype == np.float32
+            assert len(rollout.logprobs) == rollout.num_response <= sampling.max_new_tokens
+            stops = [int(t) in (1, *sampling.stop_token_ids) for t in rollout.tokens[rollout.prompt_len :]]
+            assert not any(stops[:-1])
+            assert (rollout.finish == "stop") == stops[-1]
+            assert rollout.finish == "stop" or rollout.num_response == sampling.max_new_tokens
+            assert rollout.policy_version == 4
+            if rollout.routed_experts is not None:
+                assert rollout.routed_experts.dtype == np.uint8
+                assert len(rollout.routed_experts) == len(rollout.tokens) - 1
+
+
+def training_logprobs(policy: Policy, rollouts: list[Rollout], temperature: float) -> list[np.ndarray]:
+    """Response-aligned log-probabilities under the training forward (all rollouts in one pass)."""
+    samples = [as_sample(rollout, replay=False) for rollout in rollouts]
+    policy.cfg = replace(policy.cfg, rollout=replace(policy.cfg.rollout, router_replay=False))
+    aligned = policy.logprobs(samples, temperature)
+    return [a[r.prompt_len - 1 : len(r.tokens) - 1] for a, r in zip(aligned, rollouts)]
+
+
+def record_training_routing(policy: Policy) -> list[list[torch.Tensor]]:
+    """From now on note every choice of every router: a list per router, one tensor per forward."""
+    chosen = []
+    for chunk in policy.chunks:
+        for router in chunk_routers(chunk):
+            notes: list[torch.Tensor] = []
+            chosen.append(notes)
+
+            def noting(*args, inner=router.router_replay.get_replay_topk, notes=notes, **kwargs):
+                answer = inner(*args, **kwargs)
+                notes.append(answer[1])
+                return answer
+
+            router.router_replay.get_replay_topk = noting
+    return chosen
+
+
+def compare_routing(
+    chosen: list[list[torch.Tensor]], rollouts: list[Rollout], groups: ProcessGroups
+) -> tuple[int, int]:
+    """(token-layers whose recorded experts differ, all token-layers), over the first microbatch of the pass.
+
+    All rollouts lie in that microbatch, one behind the other in some order; the order is found by length alone where
+    it is unique, so sequences are matched through their whole record.
+    """
+    if not chosen:
+        return 0, 0
+    layers = []
+    for notes in chosen:
+        rows = notes[0]
+        if groups.topology.tp > 1:
+            rows = gather_rows(rows.contiguous(), groups.tp)
+        layers.append(rows.sort(-1).values)
+    trained_TLK = torch.stack(layers, 1).numpy()
+    if not rollouts:
+        return 0, 0
+    wrong = total = 0
+    for order in [planned_order(rollouts)]:
+        first = 0
+        for index in order:
+            rollout = rollouts[index]
+            mine = np.sort(rollout.routed_experts.astype(np.int64), -1)
+            theirs = trained_TLK[first : first + len(mine)]
+            wrong += int((mine != theirs).any(-1).sum())
+            total += mine.shape[0] * mine.shape[1]
+            first += len(rollout.tokens)
+    return wrong, total
+
+
+def planned_order(rollouts: list[Rollout]) -> list[int]:
+    """The order in which packing lays the rollouts into their one microbatch."""
+    from r1_megatron.data.packing import plan_microbatches
+
+    plan = plan_microbatches([len(rollout.tokens) for rollout in rollouts], 4096)
+    assert len(plan) == 1
+    return list(plan[0])
+
+
+def gap_at_divergence(prompt: list[int], common: list[int], request: int, temperature: float) -> float:
+    """On one rank: how close the first differing token was to coming out otherwise.
+
+    ``common`` are the response tokens that both runs drew. The smaller of two gaps: between the two best noisy scores
+    of the next token, and the closest call of any router on any token of the prefix.
+    """
+    cfg = run_config(ParallelConfig(device="cpu"))
+    groups, policy, _ = setup(cfg)
+    chunk = policy.chunks[0].eval()
+    gaps: list[float] = []
+    for router in chunk_routers(chunk):
+
+        def noting(logits, *args, inner=router.routing, router=router, **kwargs):
+            gaps.append(router_margin(logits.view(-1, logits.shape[-1]), router))
+            return inner(logits, *args, **kwargs)
+
+        router.routing = noting
+    tokens = torch.tensor([prompt + common])
+    with torch.no_grad():
+        logits = chunk(tokens, torch.arange(tokens.shape[1])[None], None)[0, -1:].float()
+    key = sampler.position_keys(torch.tensor([sampler.request_key(SEED, request)]), torch.tensor([tokens.shape[1]]))
+    noise = sampler.gumbel_from_bits(sampler.uniform_bits(key, torch.arange(logits.shape[1])))
+    best = (logits / temperature + noise)[0].topk(2).values
+    return min(float(best[0] - best[1]), *gaps)
+
+
+def router_margin(logits: torch.Tensor, router: Any) -> float:
+    """Smallest distance, over the tokens, between the last chosen and the first left-out group or expert."""
+    cfg = router.config
+    scores = logits.float().sigmoid() + router.expert_bias
+    margins = []
+    if cfg.moe_router_group_topk:
+        grouped = scores.view(len(scores), cfg.moe_router_num_groups, -1)
+        value = grouped.topk(cfg.moe_router_topk // cfg.moe_router_group_topk, -1).values.sum(-1)
+        ranked = value.sort(-1, descending=True).values
+        k = cfg.moe_router_group_topk
+        if k < ranked.shape[1]:
+            margins.append((ranked[:, k - 1] - ranked[:, k]).min())
+        kept = value.topk(k, -1).indices
+        mask = torch.zeros_like(value).scatter_(1, kept, 1.0).bool()
+        scores = grouped.masked_fill(~mask[..., None], -torch.inf).flatten(1)
+    ranked = scores.sort(-1, descending=True).values
+    margins.append((ranked[:, cfg.moe_router_topk - 1] - ranked[:, cfg.moe_router_topk]).min())
+    return float(min(margins))

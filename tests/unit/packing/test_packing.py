@@ -1,0 +1,202 @@
+"""Packing: the invariants of ``data/packing.py``, one by one, on random samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from r1_megatron.data.packing import (
+    ARRAYS,
+    build_microbatch,
+    common_count,
+    equalise,
+    pack_step,
+    plan_microbatches,
+    unpack,
+)
+from r1_megatron.types import TrainSample
+
+ROUTING = (2, 3)  # MoE layers of this stage, topk
+
+
+def sample(rng, n, routed=True, optional=True):
+    mask = rng.random(n) > 0.5
+    mask[-1] = False
+
+    def values():
+        return np.where(mask, rng.normal(size=n), 0).astype(np.float32)
+
+    return TrainSample(
+        tokens=rng.integers(1, 100, n),
+        loss_mask=mask,
+        advantages=values(),
+        weights=values(),
+        behaviour_logprobs=values(),
+        old_logprobs=values() if optional else None,
+        reference_logprobs=values() if optional else None,
+        routed_experts=rng.integers(0, 256, (n - 1, *ROUTING)).astype(np.uint8) if routed else None,
+    )
+
+
+def random_lengths(rng):
+    return [int(n) for n in rng.integers(1, rng.integers(2, 60), rng.integers(0, 40))]
+
+
+# ----- plans
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_plan(seed):
+    rng = np.random.default_rng(seed)
+    lengths, limit = random_lengths(rng), int(rng.integers(1, 80))
+    plan = plan_microbatches(lengths, limit)
+    assert sorted(i for microbatch in plan for i in microbatch) == list(range(len(lengths)))  # each exactly once
+    totals = [sum(lengths[i] for i in microbatch) for microbatch in plan]
+    for microbatch, total in zip(plan, totals):
+        assert total <= limit or len(microbatch) == 1  # only a sequence that is too long itself exceeds the limit
+        assert [lengths[i] for i in microbatch] == sorted((lengths[i] for i in microbatch), reverse=True)
+    assert plan == plan_microbatches(list(lengths), limit)
+    # Any-fit: no two microbatches could have been one, and so at most one is half empty.
+    assert all(a + b > limit for k, a in enumerate(totals) for b in totals[k + 1 :])
+
+
+def test_plan_known_answers():
+    assert plan_microbatches([], 10) == []
+    assert plan_microbatches([3, 3, 3], 3) == [[0], [1], [2]]
+    assert plan_microbatches([2, 9, 4, 6, 1], 10) == [[1, 4], [3, 2], [0]]
+    assert plan_microbatches([50, 2], 10) == [[0], [1]]
+    with pytest.raises(AssertionError):
+        plan_microbatches([3, 0], 10)
+
+
+def test_plan_is_close_to_the_bound():
+    """Best fit decreasing needs at most 11/9 of the optimum (and here the sum of lengths bounds that from below)."""
+    rng = np.random.default_rng(7)
+    lengths = [int(n) for n in rng.integers(20, 400, 2000)]
+    assert len(plan_microbatches(lengths, 2048)) <= 1.02 * np.ceil(sum(lengths) / 2048)
+
+
+def test_common_count():
+    assert common_count([3, 5, 4]) == 5
+    assert common_count([3, 5, 4], multiple=4) == 8
+    assert common_count([0, 0]) == 1 and common_count([], multiple=2) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equalise(seed):
+    rng = np.random.default_rng(seed)
+    lengths = random_lengths(rng)
+    plan = plan_microbatches(lengths, 50)
+    target = len(plan) + int(rng.integers(0, 10))
+    result = equalise(plan, target)
+    assert len(result) == target
+    assert sorted(i for microbatch in result for i in microbatch) == list(range(len(lengths)))
+    # Dummies only where nothing is left to split.
+    assert all(microbatch for microbatch in result) or all(len(microbatch) <= 1 for microbatch in result)
+    # A split never makes a microbatch longer.
+    longest = max((sum(lengths[i] for i in m) for m in plan), default=0)
+    assert max((sum(lengths[i] for i in m) for m in result), default=0) <= longest
+    assert equalise(plan, len(plan)) == plan
+    with pytest.raises(AssertionError):
+        equalise([[0], [1]], 1)
+
+
+# ----- tensors
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 8, 64])
+@pytest.mark.parametrize("seed", range(8))
+def test_microbatch_invariants(seed, multiple):
+    rng = np.random.default_rng(seed)
+    samples = [sample(rng, int(n)) for n in rng.integers(1, 30, rng.integers(1, 6))]
+    batch = build_microbatch(samples, multiple=multiple, routing_shape=ROUTING)
+    T, real, lengths = batch.tokens.shape[1], batch.num_tokens, batch.lengths
+    starts = np.cumsum([0, *lengths])
+
+    # shapes and dtypes
+    for name in ("tokens", "labels", "position_ids"):
+        assert getattr(batch, name).shape == (1, T) and getattr(batch, name).dtype == torch.int64
+    assert set(batch.arrays) == set(ARRAYS)
+    for values in (batch.weights, *batch.arrays.values()):
+        assert values.shape == (1, T) and values.dtype == torch.float32
+    assert batch.routed_experts.shape == (T, *ROUTING) and batch.routed_experts.dtype == torch.int64
+
+    # 1. every sample once, whole, in order, first
+    assert batch.num_sequences == len(samples) and real == sum(len(s.tokens) for s in samples)
+    assert list(lengths[: len(samples)]) == [len(s.tokens) for s in samples]
+    for k, s in enumerate(samples):
+        rows = slice(starts[k], starts[k + 1])
+        assert batch.tokens[0, rows].tolist() == s.tokens.tolist()
+        assert np.array_equal(batch.weights[0, rows].numpy(), s.weights)
+        for name in ARRAYS:
+            assert np.array_equal(batch.arrays[name][0, rows].numpy(), getattr(s, name).astype(np.float32))
+        assert np.array_equal(batch.routed_experts[rows][:-1].numpy(), s.routed_experts.astype(np.int64))
+        # 3. labels
+        assert batch.labels[0, rows].tolist() == [*s.tokens[1:].tolist(), 0]
+    # 2. length
+    assert sum(lengths) == T and T % multiple == 0 and T - real < multiple
+    # 4. positions
+    assert batch.position_ids[0].tolist() == [i for n in lengths for i in range(n)]
+    # 5. zeros on padding and on last tokens
+    assert (batch.tokens[0, real:] == 0).all() and (batch.labels[0, real:] == 0).all()
+    for values in (batch.weights, *batch.arrays.values()):
+        assert (values[0, real:] == 0).all() and (values[0, starts[1:] - 1] == 0).all()
+    # 6. the length of the pieces
+    assert max(lengths) == max(lengths[: len(samples)]) and all(n >= 1 for n in lengths)
+    assert len(lengths) == 1 or max(lengths) < T
+    # 7. unrecorded routing
+    for t in [*(starts[1 : len(samples) + 1] - 1), *range(real, T)]:
+        assert batch.routed_experts[t].tolist() == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("multiple, total", [(1, 2), (2, 2), (3, 3), (8, 8)])
+def test_dummy(multiple, total):
+    batch = build_microbatch([], multiple=multiple, routing_shape=ROUTING)
+    assert batch.lengths == (total,) and batch.num_tokens == 0 and batch.num_sequences == 0
+    assert batch.tokens.shape == (1, total) and (batch.weights == 0).all()
+    assert set(batch.arrays) == set(ARRAYS) and all((a == 0).all() for a in batch.arrays.values())
+    assert batch.routed_experts.tolist() == [[[0, 1, 2]] * 2] * total
+    assert unpack(batch.weights, batch) == []
+
+
+def test_absent_arrays():
+    rng = np.random.default_rng(0)
+    batch = build_microbatch([sample(rng, 5, optional=False), sample(rng, 4, optional=False)], multiple=4)
+    assert set(batch.arrays) == {"loss_mask", "advantages", "behaviour_logprobs"}
+    assert batch.routed_experts is None  # recorded, but nobody asked for replay
+    with pytest.raises(AssertionError, match="old_logprobs: present in 1 of 2"):
+        build_microbatch([sample(rng, 5), sample(rng, 4, optional=False)])
+
+
+def test_mistakes_are_caught():
+    rng = np.random.default_rng(0)
+    with pytest.raises(AssertionError, match="routed_experts: expected"):
+        build_microbatch([sample(rng, 5, routed=False)], routing_shape=ROUTING)
+    with pytest.raises(AssertionError, match="routed_experts: expected"):
+        build_microbatch([sample(rng, 5)], routing_shape=(2, 4))
+    bad = sample(rng, 5)
+    bad.weights[-1] = 1
+    with pytest.raises(AssertionError, match="last token"):
+        build_microbatch([bad])
+
+
+def test_round_trip_through_a_step():
+    """Plan, equalise, pack, unpack: every sample comes back as it was."""
+    rng = np.random.default_rng(3)
+    samples = [sample(rng, int(n)) for n in rng.integers(1, 40, 17)]
+    plan = plan_microbatches([len(s.tokens) for s in samples], 64)
+    plan = equalise(plan, common_count([len(plan), len(plan) + 1], multiple=4))
+    step = pack_step(samples, plan, num_tokens=123, multiple=2, routing_shape=ROUTING)
+    assert step.num_tokens == 123 and len(step.microbatches) == len(plan)
+    seen = {}
+    for indices, batch in zip(plan, step.microbatches):
+        for name in ("tokens", "weights"):
+            for i, values in zip(indices, unpack(getattr(batch, name), batch), strict=True):
+                seen[i, name] = values
+        for name in ARRAYS:
+            for i, values in zip(indices, unpack(batch.arrays[name], batch), strict=True):
+                seen[i, name] = values
+    assert len(seen) == len(samples) * (2 + len(ARRAYS))
+    for (i, name), values in seen.items():
+        assert np.array_equal(values, getattr(samples[i], name)), (i, name)

@@ -1,0 +1,282 @@
+"""The policy loss and its gradient against plain float64 implementations, for every combination of options.
+
+The first reference goes token by token with Python floats and ``math``, its gradient a central difference; the second
+is one plain expression from logits to loss under autograd.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from r1_megatron.config.schema import RLConfig
+from r1_megatron.kernels.vocab_parallel import token_statistics
+from r1_megatron.rl.loss import is_maximum, k3, mean_metrics, merge_metrics, policy_loss
+
+T, VOCAB = 40, 11
+OPTIONS = {
+    "clip": [(0.2, 0.2), (0.2, 0.28), (0.2, 10.0)],
+    "dual": [None, 3.0],
+    "kl_coef": [0.0, 0.04],
+    "entropy_coef": [0.0, 0.01],
+    "tis_cap": [None, 2.0],
+    "old": ["given", "absent"],
+}
+COMBINATIONS = [dict(zip(OPTIONS, values)) for values in itertools.product(*OPTIONS.values())]
+
+
+def config(option) -> RLConfig:
+    low, high = option["clip"]
+    return RLConfig(
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+        clip_ratio_dual=option["dual"],
+        kl_coef=option["kl_coef"],
+        entropy_coef=option["entropy_coef"],
+        tis_cap=option["tis_cap"],
+    )
+
+
+def problem(dtype=torch.float64, seed=0):
+    """Ratios on both sides of every clip, both signs of the advantage, a third of the tokens masked."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(scale):
+        return torch.randn(T, generator=g, dtype=torch.float64) * scale
+
+    logits = torch.randn(T, VOCAB, generator=g, dtype=torch.float64) * 2
+    targets = torch.randint(0, VOCAB, (T,), generator=g)
+    logprobs = torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
+    arrays = {
+        "loss_mask": (torch.rand(T, generator=g) > 0.3).double(),
+        "advantages": randn(1.0),
+        "old_logprobs": logprobs + randn(0.8),
+        "behaviour_logprobs": logprobs + randn(0.8),
+        "reference_logprobs": logprobs + randn(0.5),
+    }
+    arrays["advantages"][5] = 0.0
+    weights = torch.rand(T, generator=g, dtype=torch.float64)
+    return logits.to(dtype), targets, {name: a.to(dtype) for name, a in arrays.items()}, weights.to(dtype)
+
+
+def select_arrays(arrays, option):
+    arrays = dict(arrays)
+    if option["old"] == "absent":
+        del arrays["old_logprobs"]
+    if option["kl_coef"] == 0.0:
+        del arrays["reference_logprobs"]
+    return arrays
+
+
+def token_loss(l, entropy, a, old, rollout, reference, cfg: RLConfig) -> float:
+    """One token's loss, from the papers' equations."""
+    ratio = math.exp(l - old)
+    bounded = min(max(ratio, 1 - cfg.clip_ratio_low), 1 + cfg.clip_ratio_high)
+    gain = min(ratio * a, bounded * a)  # the papers maximise
+    if cfg.clip_ratio_dual is not None and a < 0:
+        gain = max(gain, cfg.clip_ratio_dual * a)
+    if cfg.tis_cap is not None:
+        gain *= min(math.exp(old - rollout), cfg.tis_cap)
+    loss = -gain
+    if cfg.kl_coef:
+        loss += cfg.kl_coef * (math.exp(reference - l) - (reference - l) - 1)
+    return loss - cfg.entropy_coef * entropy
+
+
+def numeric_gradient(f, x, step=1e-6) -> float:
+    return (f(x + step) - f(x - step)) / (2 * step)
+
+
+@pytest.mark.parametrize("option", COMBINATIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_value_and_gradient_of_every_option(option):
+    cfg = config(option)
+    logits, targets, arrays, _ = problem()
+    arrays = select_arrays(arrays, option)
+    l, entropy = (x.detach().requires_grad_() for x in token_statistics(logits, targets))
+    loss, _ = policy_loss(l, entropy, arrays, cfg)
+    loss.sum().backward()
+    for t in range(T):
+        if not arrays["loss_mask"][t]:
+            assert loss[t] == 0 and l.grad[t] == 0
+            continue
+        now, h = l[t].item(), entropy[t].item()
+        a, rollout = arrays["advantages"][t].item(), arrays["behaviour_logprobs"][t].item()
+        old = arrays["old_logprobs"][t].item() if "old_logprobs" in arrays else now  # fixed under differentiation
+        reference = arrays["reference_logprobs"][t].item() if "reference_logprobs" in arrays else 0.0
+
+        def of(x, rest=(h, a, old, rollout, reference)):
+            return token_loss(x, *rest, cfg)
+
+        assert loss[t].item() == pytest.approx(of(now), rel=1e-12, abs=1e-12)
+        assert l.grad[t].item() == pytest.approx(numeric_gradient(of, now), rel=1e-6, abs=1e-8)
+    expected = -cfg.entropy_coef * arrays["loss_mask"] if cfg.entropy_coef else torch.zeros(T, dtype=torch.float64)
+    torch.testing.assert_close(entropy.grad if entropy.grad is not None else expected, expected)
+
+
+def autograd_reference(logits, targets, arrays, weights, cfg):
+    """The whole objective, logits to loss, as one plain float64 expression under autograd."""
+    logp = torch.log_softmax(logits, -1)
+    l = logp[torch.arange(T), targets]
+    entropy = -(logp.exp() * logp).sum(-1)
+    old = arrays.get("old_logprobs", l.detach())
+    ratio = torch.exp(l - old)
+    a = arrays["advantages"]
+    gain = torch.minimum(ratio * a, ratio.clamp(1 - cfg.clip_ratio_low, 1 + cfg.clip_ratio_high) * a)
+    if cfg.clip_ratio_dual is not None:
+        gain = torch.where(a < 0, torch.maximum(gain, cfg.clip_ratio_dual * a), gain)
+    if cfg.tis_cap is not None:
+        gain = gain * torch.exp(old - arrays["behaviour_logprobs"]).clamp(max=cfg.tis_cap).detach()
+    loss = -gain - cfg.entropy_coef * entropy
+    if cfg.kl_coef:
+        d = arrays["reference_logprobs"] - l
+        loss = loss + cfg.kl_coef * (d.exp() - d - 1)
+    return (loss * weights * arrays["loss_mask"]).sum()
+
+
+@pytest.mark.parametrize("option", COMBINATIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_gradient_of_the_logits(option):
+    """Through the vocabulary-parallel operator, with weights: d(sum w loss) / d logits."""
+    cfg = config(option)
+    logits, targets, arrays, weights = problem(seed=1)
+    arrays = select_arrays(arrays, option)
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    logprobs, entropy = token_statistics(a, targets, need_entropy=cfg.entropy_coef != 0)
+    loss, _ = policy_loss(logprobs, entropy, arrays, cfg)
+    total = (loss * weights).sum()
+    total.backward()
+    expected = autograd_reference(b, targets, arrays, weights, cfg)
+    expected.backward()
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("option", COMBINATIONS[::5], ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_garbage_under_the_mask(option, garbage):
+    """What masked positions hold changes no bit of the loss, the gradient or the metrics."""
+    cfg = config(option)
+    logits, targets, arrays, weights = problem(seed=2)
+    arrays = select_arrays(arrays, option)
+    masked = arrays["loss_mask"] == 0
+
+    def run(l, entropy, arrays):
+        l, entropy = l.detach().requires_grad_(), entropy.detach().requires_grad_()
+        loss, metrics = policy_loss(l, entropy, arrays, cfg)
+        (loss * weights).sum().backward()
+        return loss, l.grad, entropy.grad if entropy.grad is not None else torch.zeros(T), metrics
+
+    l, entropy = token_statistics(logits, targets)
+    clean = run(l, entropy, arrays)
+    dirty = {n: a if n == "loss_mask" else a.masked_fill(masked, garbage) for n, a in arrays.items()}
+    soiled = run(l.masked_fill(masked, garbage), entropy.masked_fill(masked, garbage), dirty)
+    for x, y in zip(clean[:3], soiled[:3]):
+        assert torch.equal(x, y) and y.isfinite().all()
+    assert clean[3].keys() == soiled[3].keys()
+    assert all(torch.equal(clean[3][n], soiled[3][n]) for n in clean[3])
+
+
+def test_extreme_ratios_stay_finite():
+    """Log-ratios of +-1000 in every array: finite loss and gradient, in float32."""
+    cfg = RLConfig(kl_coef=0.1, tis_cap=5.0, clip_ratio_dual=3.0)
+    signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4)))
+    arrays = {
+        "loss_mask": torch.ones(16),
+        "advantages": signs[:, 0],
+        "old_logprobs": 1000 * signs[:, 1],
+        "behaviour_logprobs": 1000 * signs[:, 2],
+        "reference_logprobs": 1000 * signs[:, 3],
+    }
+    l = torch.zeros(16, requires_grad=True)
+    loss, metrics = policy_loss(l, None, arrays, cfg)
+    loss.sum().backward()
+    assert loss.isfinite().all() and l.grad.isfinite().all()
+    assert metrics["actor/tis_weight"].isfinite()
+
+
+@pytest.mark.parametrize("dtype, relative", [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+def test_k3_is_precise_for_small_differences(dtype, relative):
+    """Against the series in exact rational arithmetic, where the plain form has lost all its digits."""
+    from fractions import Fraction
+
+    for exponent in range(-8, 1):
+        for sign in (-1, 1):
+            d = torch.tensor(sign * 10.0**exponent, dtype=dtype, requires_grad=True)
+            value = k3(d)
+            value.backward()
+            x = Fraction(d.item())
+            term, exact, slope = x, Fraction(0), x
+            for n in range(2, 30):
+                term = term * x / n
+                exact, slope = exact + term, slope + term
+            assert value.item() == pytest.approx(float(exact), rel=relative)
+            assert d.grad.item() == pytest.approx(float(slope), rel=relative)
+    assert k3(torch.tensor(0.0)) == 0
+    assert k3(torch.tensor([-1e4, -50.0])).tolist() == pytest.approx([9999.0, 49.0])
+
+
+def test_metrics():
+    cfg = RLConfig(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_dual=3.0, tis_cap=2.0, kl_coef=0.01)
+    logits, targets, arrays, _ = problem(seed=3)
+    l, entropy = token_statistics(logits, targets)
+    _, metrics = policy_loss(l, entropy, arrays, cfg)
+    m = arrays["loss_mask"].bool()
+    a, old, roll = (arrays[n][m] for n in ("advantages", "old_logprobs", "behaviour_logprobs"))
+    r = (l[m] - old).exp()
+    d = arrays["reference_logprobs"][m] - l[m]
+    clipped = ((a > 0) & (r > 1.28)) | ((a < 0) & (r < 0.8))
+    means = mean_metrics(metrics)
+    assert metrics["num_tokens"] == m.sum()
+    expected = {
+        "actor/ppo_kl": (old - l[m]).mean(),
+        "actor/pg_clipfrac": clipped.double().mean(),
+        "actor/pg_clipfrac_dual": ((a < 0) & (r > 3.0)).double().mean(),
+        "actor/entropy": entropy[m].mean(),
+        "actor/kl": (d.exp() - d - 1).mean(),
+        "actor/ratio": r.mean(),
+        "actor/tis_weight": (old - roll).exp().clamp(max=2.0).mean(),
+        "training/rollout_probs_diff_mean": (old.exp() - roll.exp()).abs().mean(),
+        "training/rollout_probs_diff_max": (old.exp() - roll.exp()).abs().max(),
+        "training/rollout_logprobs_diff_mean": (old - roll).abs().mean(),
+        "training/rollout_logprobs_diff_max": (old - roll).abs().max(),
+    }
+    assert means.keys() == expected.keys()
+    for name, value in expected.items():
+        assert means[name] == pytest.approx(value.item(), rel=1e-12), name
+    assert 0 < means["actor/pg_clipfrac"] < 1 and means["actor/pg_clipfrac_dual"] > 0  # the problem reaches both
+
+
+def test_metrics_of_parts_merge_to_the_whole():
+    cfg = RLConfig(kl_coef=0.01)
+    logits, targets, arrays, _ = problem(seed=4)
+    l, entropy = token_statistics(logits, targets)
+    _, whole = policy_loss(l, entropy, arrays, cfg)
+    pieces = [slice(0, 7), slice(7, 30), slice(30, T)]
+    merged = merge_metrics(policy_loss(l[s], entropy[s], {n: a[s] for n, a in arrays.items()}, cfg)[1] for s in pieces)
+    for name, value in whole.items():
+        torch.testing.assert_close(merged[name], value, msg=name)
+    assert is_maximum("training/rollout_probs_diff_max") and not is_maximum("num_tokens")
+
+
+def test_nothing_to_learn_from():
+    """A dummy microbatch: zero loss, zero gradient, zero metrics, all finite."""
+    l = torch.randn(1, 4, requires_grad=True)
+    names = ("loss_mask", "advantages", "behaviour_logprobs", "old_logprobs", "reference_logprobs")
+    loss, metrics = policy_loss(l, None, {n: torch.zeros(1, 4) for n in names}, RLConfig(tis_cap=2.0))
+    loss.sum().backward()
+    assert (loss == 0).all() and (l.grad == 0).all()
+    assert all(value == 0 for value in metrics.values())
+    assert all(value == 0 for value in mean_metrics(metrics).values())
+
+
+def test_missing_inputs_are_named():
+    logits, targets, arrays, _ = problem()
+    l, _ = token_statistics(logits, targets)
+    without = {n: a for n, a in arrays.items() if n != "reference_logprobs"}
+    with pytest.raises(ValueError, match=r"rl\.kl_coef=0\.1 needs reference_logprobs"):
+        policy_loss(l, None, without, RLConfig(kl_coef=0.1))
+    with pytest.raises(ValueError, match=r"rl\.entropy_coef=0\.2 needs the entropy"):
+        policy_loss(l, None, arrays, replace(RLConfig(), entropy_coef=0.2))

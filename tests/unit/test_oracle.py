@@ -1,0 +1,64 @@
+"""The reference is Transformers' model, and nothing in it is decided by rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DeepseekV3ForCausalLM
+
+from tests import oracle as o
+
+MODELS = {
+    "yarn": o.TINY,
+    "rope": o.TINY_ROPE,
+    "full_rank_query": o.TINY_FULL_RANK_QUERY,
+    "mtp": o.TINY_MTP,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_is_transformers_model(name: str) -> None:
+    """The float64 norms, router and angles change nothing beyond what float32 rounds."""
+    oracle = o.Oracle(MODELS[name])
+    plain = DeepseekV3ForCausalLM(o.hf_config(MODELS[name])).double().eval()
+    plain.load_state_dict(oracle.causal_lm.state_dict())
+    tokens = o.sequences().tokens[0]
+    with torch.no_grad():
+        assert (plain(tokens[None]).logits[0] - oracle(tokens).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_routing_is_not_a_matter_of_rounding(name: str) -> None:
+    assert o.weighted_nll(o.Oracle(MODELS[name]), o.sequences()).margin > 2e-5
+
+
+def test_forcing_the_natural_routing_changes_nothing() -> None:
+    oracle, batch = o.Oracle(o.TINY), o.sequences(num=3)
+    natural = o.weighted_nll(oracle, batch)
+    forced = o.weighted_nll(oracle, batch, natural.routing)
+    assert forced.loss == natural.loss
+    assert all(torch.equal(forced.gradients[name], natural.gradients[name]) for name in natural.gradients)
+    random = o.weighted_nll(oracle, batch, o.random_routing(batch, o.TINY))
+    assert abs(random.loss - natural.loss) > 1e-3
+
+
+def test_balance_loss_of_balanced_routing_is_one() -> None:
+    """Uniform scores and uniform use give f_i = 1 and P_i = 1 / E: the loss is exactly 1."""
+    scores = torch.full((8, 8), 0.3, dtype=torch.float64)
+    routing = torch.stack([torch.arange(t, t + 4) % 8 for t in range(8)])
+    assert o.sequence_balance_loss(scores, routing).item() == pytest.approx(1.0)
+
+
+def test_multi_token_prediction_looks_two_ahead() -> None:
+    """Changing token t + 2 changes no MTP prediction up to t, changing token t + 1 changes the one at t."""
+    oracle = o.Oracle(replace(o.TINY_MTP, num_layers=2))
+    tokens = o.sequences().tokens[0].clone()
+    t = len(tokens) - 3
+    with torch.no_grad():
+        before = oracle(tokens).mtp_logits
+        tokens[t + 2] = (tokens[t + 2] + 1) % 259
+        torch.testing.assert_close(oracle(tokens).mtp_logits[: t + 1], before[: t + 1], rtol=0, atol=1e-12)
+        tokens[t + 1] = (tokens[t + 1] + 1) % 259
+        assert (oracle(tokens).mtp_logits[t] - before[t]).abs().max() > 1e-3
