@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,19 +29,6 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from r1_megatron.config.schema import ModelConfig
-
-# Four layers (one dense), MLA with low-rank queries, 8 experts in 4 groups, and YaRN: everything DeepSeek-V3 has. The
-# vocabulary is odd, so that tensor parallelism has to pad it.
-TINY = ModelConfig(
-    vocab_size=259,
-    rope_type="yarn",
-    max_position_embeddings=2560,
-    original_max_position_embeddings=64,
-    moe_router_bias_update_rate=0.0,
-)
-TINY_ROPE = replace(TINY, rope_type="rope")
-TINY_FULL_RANK_QUERY = replace(TINY, q_lora_rank=None)
-TINY_MTP = replace(TINY, mtp_num_layers=1, mtp_loss_scaling_factor=0.3)
 
 
 def hf_config(model: ModelConfig) -> DeepseekV3Config:

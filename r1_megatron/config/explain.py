@@ -45,8 +45,8 @@ def _layout_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
         ("dense layers", f"tp({t.tp}) * pp({t.pp}) * cp({t.cp}) * dp({t.dp}) = {_count(t.world_size, 'rank')}"),
         (
             "experts",
-            f"etp({t.etp}) * ep({t.ep}) * edp({t.edp}) = {_count(t.etp * t.ep * t.edp, 'rank')} of each pipeline stage, "
-            f"{cfg.model.num_moe_experts // t.ep} of {cfg.model.num_moe_experts} experts a rank",
+            f"etp({t.etp}) * ep({t.ep}) * edp({t.edp}) = {_count(t.etp * t.ep * t.edp, 'rank')} of each pipeline "
+            f"stage, {cfg.model.num_moe_experts // t.ep} of {cfg.model.num_moe_experts} experts a rank",
         ),
         ("device", f"{cfg.parallel.device}, {'bf16' if cfg.train.bf16 else 'fp32'}"),
     ]
@@ -210,10 +210,11 @@ def _training_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
 
 def _sft_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
     rows, steps = cfg.sft.batch_size, cfg.train.steps
+    share = _Share(rows, topology.dp).text("row")
     return [
         (
             "rows",
-            f"{rows} a step, {_Share(rows, topology.dp).text('row')} per dp rank; {steps:,} steps make {rows * steps:,}",
+            f"{rows} a step, {share} per dp rank; {steps:,} steps make {rows * steps:,}",
         ),
         ("microbatches", f"up to {cfg.train.micro_batch_tokens:,} packed tokens each"),
         ("learning rate", _learning_rate(cfg)),

@@ -13,7 +13,7 @@ from r1_megatron.model.deepseek_v3 import layer_specs, padded_vocab_size, transf
 from r1_megatron.model.parameters import GlobalParameter, global_parameters
 from r1_megatron.model.policy_model import PolicyModel
 from r1_megatron.model.routing import number_routers
-from r1_megatron.parallel.device import has_transformer_engine
+from r1_megatron.parallel.device import cuda_type_names, has_transformer_engine
 from r1_megatron.parallel.groups import ProcessGroups
 
 
@@ -32,20 +32,21 @@ def build_model(cfg: RunConfig, groups: ProcessGroups) -> list[PolicyModel]:
         vp_stage = stage if vpp else None
         where = {"ignore_virtual": vpp is None, "vp_stage": vp_stage}
         block, mtp = layer_specs(config, transformer_engine, vp_stage)
-        chunk = PolicyModel(
-            config=config,
-            transformer_layer_spec=block,
-            vocab_size=vocab,
-            max_sequence_length=cfg.model.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(**where),
-            post_process=parallel_state.is_pipeline_last_stage(**where),
-            parallel_output=True,
-            share_embeddings_and_output_weights=cfg.model.share_embeddings_and_output_weights,
-            position_embedding_type="none",
-            vp_stage=vp_stage,
-            mtp_block_spec=mtp,
-            real_vocab_size=cfg.model.vocab_size,
-        )
+        with cuda_type_names():  # shared embeddings are sent with .cuda()
+            chunk = PolicyModel(
+                config=config,
+                transformer_layer_spec=block,
+                vocab_size=vocab,
+                max_sequence_length=cfg.model.max_position_embeddings,
+                pre_process=parallel_state.is_pipeline_first_stage(**where),
+                post_process=parallel_state.is_pipeline_last_stage(**where),
+                parallel_output=True,
+                share_embeddings_and_output_weights=cfg.model.share_embeddings_and_output_weights,
+                position_embedding_type="none",
+                vp_stage=vp_stage,
+                mtp_block_spec=mtp,
+                real_vocab_size=cfg.model.vocab_size,
+            )
         chunks.append(chunk)
     number_routers(chunks)
     for chunk in chunks:

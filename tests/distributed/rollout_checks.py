@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from r1_megatron.config.schema import (
     DataConfig,
@@ -19,6 +18,7 @@ from r1_megatron.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
+from r1_megatron.data.packing import equalise, plan_microbatches
 from r1_megatron.data.tokenizers import build_tokenizer
 from r1_megatron.model.build import build_model
 from r1_megatron.model.latent_attention import gather_rows
@@ -38,6 +38,7 @@ MODEL = ModelConfig(
 # Twelve stop tokens: some of the samples end early.
 SAMPLING = SamplingConfig(max_new_tokens=24, stop_token_ids=tuple(range(2, 12)))
 SEED = 11
+MICRO_BATCH_TOKENS = 512
 
 
 def run_config(parallel: ParallelConfig, model: ModelConfig = MODEL, **sections: Any) -> RunConfig:
@@ -48,7 +49,7 @@ def run_config(parallel: ParallelConfig, model: ModelConfig = MODEL, **sections:
         data=DataConfig(max_prompt_tokens=40),
         sampling=SAMPLING,
         rollout=RolloutConfig(max_sequences=10, router_replay=True),
-        train=TrainConfig(micro_batch_tokens=64),
+        train=TrainConfig(micro_batch_tokens=MICRO_BATCH_TOKENS),
     )
     return replace(base, **sections)
 
@@ -118,7 +119,6 @@ def check_rollouts(
     cfg = run_config(parallel, model)
     cfg = replace(
         cfg,
-        train=replace(cfg.train, micro_batch_tokens=4096),
         rollout=replace(cfg.rollout, pipeline_groups=pipeline_groups),
     )
     groups, policy, engine = setup(cfg)
@@ -190,42 +190,22 @@ def record_training_routing(policy: Policy) -> list[list[torch.Tensor]]:
 def compare_routing(
     chosen: list[list[torch.Tensor]], rollouts: list[Rollout], groups: ProcessGroups
 ) -> tuple[int, int]:
-    """(token-layers whose recorded experts differ, all token-layers), over the first microbatch of the pass.
-
-    All rollouts lie in that microbatch, one behind the other in some order; the order is found by length alone where
-    it is unique, so sequences are matched through their whole record.
-    """
-    if not chosen:
-        return 0, 0
-    layers = []
-    for notes in chosen:
-        rows = notes[0]
-        if groups.topology.tp > 1:
-            rows = gather_rows(rows.contiguous(), groups.tp)
-        layers.append(rows.sort(-1).values)
-    trained_TLK = torch.stack(layers, 1).numpy()
-    if not rollouts:
-        return 0, 0
+    """(token-layers whose recorded experts differ, all token-layers) over one pass of the training forward."""
     wrong = total = 0
-    for order in [planned_order(rollouts)]:
+    num_microbatches = len(chosen[0]) if chosen else 0
+    plan = equalise(plan_microbatches([len(r.tokens) for r in rollouts], MICRO_BATCH_TOKENS), num_microbatches)
+    for number in range(num_microbatches):
+        layers = [notes[number] for notes in chosen]
+        if groups.topology.tp > 1:
+            layers = [gather_rows(rows, groups.tp) for rows in layers]
+        trained_TLK = torch.stack([rows.sort(-1).values for rows in layers], 1).numpy()
         first = 0
-        for index in order:
-            rollout = rollouts[index]
-            mine = np.sort(rollout.routed_experts.astype(np.int64), -1)
-            theirs = trained_TLK[first : first + len(mine)]
-            wrong += int((mine != theirs).any(-1).sum())
-            total += mine.shape[0] * mine.shape[1]
-            first += len(rollout.tokens)
+        for index in plan[number]:
+            recorded = np.sort(rollouts[index].routed_experts.astype(np.int64), -1)
+            wrong += int((recorded != trained_TLK[first : first + len(recorded)]).any(-1).sum())
+            total += recorded.shape[0] * recorded.shape[1]
+            first += len(rollouts[index].tokens)
     return wrong, total
-
-
-def planned_order(rollouts: list[Rollout]) -> list[int]:
-    """The order in which packing lays the rollouts into their one microbatch."""
-    from r1_megatron.data.packing import plan_microbatches
-
-    plan = plan_microbatches([len(rollout.tokens) for rollout in rollouts], 4096)
-    assert len(plan) == 1
-    return list(plan[0])
 
 
 def gap_at_divergence(prompt: list[int], common: list[int], request: int, temperature: float) -> float:
@@ -235,7 +215,7 @@ def gap_at_divergence(prompt: list[int], common: list[int], request: int, temper
     of the next token, and the closest call of any router on any token of the prefix.
     """
     cfg = run_config(ParallelConfig(device="cpu"))
-    groups, policy, _ = setup(cfg)
+    _, policy, _ = setup(cfg)
     chunk = policy.chunks[0].eval()
     gaps: list[float] = []
     for router in chunk_routers(chunk):

@@ -9,12 +9,13 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 from tests import oracle as o
+from tests.tiny import TINY, TINY_FULL_RANK_QUERY, TINY_MTP, TINY_ROPE
 
 MODELS = {
-    "yarn": o.TINY,
-    "rope": o.TINY_ROPE,
-    "full_rank_query": o.TINY_FULL_RANK_QUERY,
-    "mtp": o.TINY_MTP,
+    "yarn": TINY,
+    "rope": TINY_ROPE,
+    "full_rank_query": TINY_FULL_RANK_QUERY,
+    "mtp": TINY_MTP,
 }
 
 
@@ -35,12 +36,12 @@ def test_routing_is_not_a_matter_of_rounding(name: str) -> None:
 
 
 def test_forcing_the_natural_routing_changes_nothing() -> None:
-    oracle, batch = o.Oracle(o.TINY), o.sequences(num=3)
+    oracle, batch = o.Oracle(TINY), o.sequences(num=3)
     natural = o.weighted_nll(oracle, batch)
     forced = o.weighted_nll(oracle, batch, natural.routing)
     assert forced.loss == natural.loss
     assert all(torch.equal(forced.gradients[name], natural.gradients[name]) for name in natural.gradients)
-    random = o.weighted_nll(oracle, batch, o.random_routing(batch, o.TINY))
+    random = o.weighted_nll(oracle, batch, o.random_routing(batch, TINY))
     assert abs(random.loss - natural.loss) > 1e-3
 
 
@@ -53,7 +54,7 @@ def test_balance_loss_of_balanced_routing_is_one() -> None:
 
 def test_multi_token_prediction_looks_two_ahead() -> None:
     """Changing token t + 2 changes no MTP prediction up to t, changing token t + 1 changes the one at t."""
-    oracle = o.Oracle(replace(o.TINY_MTP, num_layers=2))
+    oracle = o.Oracle(replace(TINY_MTP, num_layers=2))
     tokens = o.sequences().tokens[0].clone()
     t = len(tokens) - 3
     with torch.no_grad():
