@@ -336,6 +336,11 @@ def placement_problems(parallel: ParallelConfig, num_layers: int, mtp_num_layers
         formula += "".join(f" - {end}({count})" for end, count in stated.items()) + f" = {middle_layers}"
     ranks = "middle ranks" if stated else "pipeline ranks"
     if middle_ranks == 0:
+        if vpp > 1:
+            # megatron-core 0.16.1 divides by the number of middle ranks when it numbers interleaved layers.
+            problems.append(
+                f"parallel: vpp({vpp}) with both first and last counts needs pp of 3 or more. Use a layout string."
+            )
         if middle_layers:
             problems.append(f"parallel: {formula} layers are left and no rank is: make the counts add up.")
     elif middle_layers < middle_ranks or middle_layers % middle_ranks:

@@ -290,11 +290,14 @@ def token_nll(logits_NV: torch.Tensor, tokens_N: torch.Tensor, shift: int = 1) -
     return F.cross_entropy(logits_NV[: len(tokens_N) - shift], tokens_N[shift:], reduction="none")
 
 
-def sequence_balance_loss(scores_NE: torch.Tensor, routing_NK: torch.Tensor) -> torch.Tensor:
-    """DeepSeek-V3's complementary sequence-wise balance loss (equations 17-20) without its coefficient."""
+def sequence_balance_loss(scores_NE: torch.Tensor, num_chosen: int) -> torch.Tensor:
+    """DeepSeek-V3's complementary sequence-wise balance loss (equations 17-20) without its coefficient.
+
+    The frequencies count the top K of the scores themselves: neither bias nor groups enter equation 18.
+    """
     num_tokens, num_experts = scores_NE.shape
-    chosen_NE = torch.zeros_like(scores_NE).scatter(1, routing_NK, 1.0)
-    f_E = chosen_NE.sum(0) * num_experts / (routing_NK.shape[1] * num_tokens)
+    chosen_NE = torch.zeros_like(scores_NE).scatter(1, scores_NE.topk(num_chosen, dim=-1).indices, 1.0)
+    f_E = chosen_NE.sum(0) * num_experts / (num_chosen * num_tokens)
     p_E = (scores_NE / scores_NE.sum(-1, keepdim=True)).mean(0)
     return (f_E.detach() * p_E).sum()
 
@@ -323,7 +326,7 @@ def weighted_nll(
             total = total + oracle.config.mtp_loss_scaling_factor * mtp
             out.mtp_loss += mtp.item()
         if aux_weights is not None:
-            losses = [sequence_balance_loss(s, r) for s, r in zip(seen.scores, seen.routing)]
+            losses = [sequence_balance_loss(scores, oracle.config.moe_router_topk) for scores in seen.scores]
             aux = aux_weights[i] * torch.stack(losses).sum()
             total = total + aux
             out.aux_loss += aux.item()

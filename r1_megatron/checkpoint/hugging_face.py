@@ -24,7 +24,9 @@ def load_hugging_face(
     for chunk in chunks:
         for parameter in global_parameters(chunk, groups, biases=True):
             try:
-                planned.append((parameter, parameter.shard_of(whole_tensor(parameter, tensors, chunk.config.num_layers))))
+                planned.append(
+                    (parameter, parameter.shard_of(whole_tensor(parameter, tensors, chunk.config.num_layers)))
+                )
             except (KeyError, ValueError) as error:
                 problems.append(str(error.args[0]))
     if problems:

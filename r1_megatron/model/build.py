@@ -68,9 +68,7 @@ def mark_expert_parameters(chunk: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def initialize_weights(
-    chunk: torch.nn.Module, config: MLATransformerConfig, groups: ProcessGroups, seed: int
-) -> None:
+def initialize_weights(chunk: torch.nn.Module, config: MLATransformerConfig, groups: ProcessGroups, seed: int) -> None:
     """Normal(0, std) matrices, scaled by 1/sqrt(2 layers) into the residual stream (Megatron's rule); norms are ones.
 
     The whole tensor is drawn and this rank's shard kept: each layout, and each tensor-parallel rank, sees one model.

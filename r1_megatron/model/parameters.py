@@ -15,7 +15,6 @@ import torch
 
 from r1_megatron.parallel.groups import ProcessGroups
 
-
 # Transformer Engine fuses a norm into the linear behind it and stacks a rank's experts: back to one set of names.
 _TRANSFORMER_ENGINE_NAMES = (
     (r"\.linear_q_up_proj\.layer_norm_weight$", ".q_layernorm.weight"),

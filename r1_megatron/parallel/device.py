@@ -55,7 +55,9 @@ _MODULES_WITH_CUDA_LITERALS = (
 def resolve_device(requested: Literal["auto", "cpu", "cuda"]) -> DeviceKind:
     """``auto`` is CUDA where a GPU is visible. Raises ``ValueError`` where CUDA is asked for and there is none."""
     if requested == "cuda" and not torch.cuda.is_available():
-        raise ValueError("parallel.device: 'cuda' was asked for, but torch sees no GPU. Set parallel.device=cpu or auto.")
+        raise ValueError(
+            "parallel.device: 'cuda' was asked for, but torch sees no GPU. Set parallel.device=cpu or auto."
+        )
     if requested == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return requested

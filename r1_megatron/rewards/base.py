@@ -113,8 +113,8 @@ class BoundedTerm:
 class AccuracyTerm:
     """Accuracy: text and numbers are compared here, computer algebra runs in a worker.
 
-    The worker is started for the first answer that needs it. An answer on which computer algebra does not end, or runs out
-    of memory, is the policy's doing and simply wrong; running out of time for the batch as a whole is a failure.
+    The worker is started for the first answer that needs it. An answer on which computer algebra does not end, or dies
+    of hunger for memory, is the policy's doing and simply wrong; running out of time for the whole batch is a failure.
     """
 
     def __init__(self, options: dict[str, Any]):

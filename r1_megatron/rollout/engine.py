@@ -222,7 +222,6 @@ class Engine:
             return
         cfg = self.config
         num_routers = sum(map(len, self._routers))
-        record = self.record_routing and num_routers > 0
         self._cache = LatentCache(
             [layer.layer_number for layer in self._layers],
             self.num_slots,
@@ -230,7 +229,7 @@ class Engine:
             cfg.kv_lora_rank + cfg.qk_pos_emb_head_dim,
             cfg.params_dtype,
             self.groups.device,
-            routing_shape=(num_routers, cfg.moe_router_topk) if record else None,
+            routing_shape=(num_routers, cfg.moe_router_topk) if self.record_routing else None,
             num_experts=cfg.num_moe_experts or 0,
         )
         if self._layers:

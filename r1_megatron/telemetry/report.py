@@ -83,7 +83,8 @@ def read_lines(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+    # Not splitlines(): rollouts may hold U+2028, which JSON leaves as it is and Python takes for a line's end.
+    return [json.loads(line) for line in whole.split("\n") if line.strip()]
 
 
 def series(rows: Sequence[Row], metric: str, max_points: int = MAX_POINTS) -> tuple[list[float], list[float]]:

@@ -25,7 +25,9 @@ class Objective(Protocol):
     need_entropy: bool
     trains_mtp: bool
 
-    def __call__(self, nll: torch.Tensor, entropy: torch.Tensor | None, batch: MicroBatch) -> tuple[torch.Tensor, Metrics]:
+    def __call__(
+        self, nll: torch.Tensor, entropy: torch.Tensor | None, batch: MicroBatch
+    ) -> tuple[torch.Tensor, Metrics]:
         """``nll`` and ``entropy`` are ``[1, T]``; answers the scalar loss and metrics (sums; maxima end in ``_max``)."""
         ...
 

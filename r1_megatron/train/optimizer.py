@@ -30,9 +30,12 @@ def ddp_config(train: TrainConfig) -> DistributedDataParallelConfig:
 
 
 def build_optimizer(
-    train: TrainConfig, wrapped: Sequence[torch.nn.Module]
+    train: TrainConfig, wrapped: Sequence[torch.nn.Module], updates_per_step: int = 1
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam with decoupled weight decay (none on vectors, as Megatron does) and the learning-rate schedule."""
+    """Adam with decoupled weight decay (none on vectors, as Megatron does) and the learning-rate schedule.
+
+    The schedule's lengths are configured in steps of the run; each may take several updates (minibatches).
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -55,8 +58,8 @@ def build_optimizer(
         init_lr=0.0,
         max_lr=train.lr,
         min_lr=train.min_lr,
-        lr_warmup_steps=train.lr_warmup_steps,
-        lr_decay_steps=max(train.lr_decay_steps or train.steps, train.lr_warmup_steps + 1),
+        lr_warmup_steps=train.lr_warmup_steps * updates_per_step,
+        lr_decay_steps=max(train.lr_decay_steps or train.steps, train.lr_warmup_steps + 1) * updates_per_step,
         lr_decay_style=train.lr_decay_style,
         start_wd=train.weight_decay,
         end_wd=train.weight_decay,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from r1_megatron.config.schema import RunConfig
-from r1_megatron.data.packing import common_count, equalise, pack_step, plan_microbatches, unpack
+from r1_megatron.data.packing import Plan, common_count, equalise, pack_step, plan_microbatches, unpack
 from r1_megatron.model.build import build_model
 from r1_megatron.model.policy_model import PolicyModel
 from r1_megatron.model.routing import chunk_routers
@@ -83,50 +84,43 @@ class Policy:
 
     def pack(self, samples: Sequence[TrainSample], num_tokens: int) -> StepBatch:
         """This rank's samples of one optimizer step as microbatches; the same number on every data-parallel rank."""
-        plan = plan_microbatches([len(sample.tokens) for sample in samples], self.cfg.train.micro_batch_tokens)
-        counts = torch.tensor([len(plan)], device=self.groups.device)
-        dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.groups.dp)
-        plan = equalise(plan, common_count([int(counts)], self.pipeline.count_multiple))
-        return pack_step(
-            samples,
-            plan,
-            num_tokens=num_tokens,
-            multiple=self.groups.topology.tp,
-            routing_shape=self.routing_shape,
-            device=self.groups.device,
-        )
+        return pack_step(samples, self._plan(samples), num_tokens=num_tokens, **self._packing(self.routing_shape))
 
-    def logprobs(self, samples: Sequence[TrainSample], temperature: float) -> list[np.ndarray]:
+    def logprobs(self, samples: Sequence[TrainSample], temperature: float, replay: bool = True) -> list[np.ndarray]:
         """Token-aligned log-probabilities of each sample under the training forward, float32, on every rank.
 
-        Entry ``t`` belongs to the token at ``t + 1``; the last entry is meaningless. Collective over all ranks.
+        Entry ``t`` belongs to the token at ``t + 1``; the last entry is meaningless. With ``replay`` the rollout's
+        experts are used where they were recorded. Collective over all ranks.
         """
-        lengths = [len(sample.tokens) for sample in samples]
-        plan = plan_microbatches(lengths, self.cfg.train.micro_batch_tokens)
-        counts = torch.tensor([len(plan)], device=self.groups.device)
-        dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.groups.dp)
-        plan = equalise(plan, common_count([int(counts)], self.pipeline.count_multiple))
-        batch = pack_step(
-            samples,
-            plan,
-            num_tokens=0,
-            multiple=self.groups.topology.tp,
-            routing_shape=self.routing_shape,
-            device=self.groups.device,
-        )
+        plan = self._plan(samples)
+        batch = pack_step(samples, plan, num_tokens=0, **self._packing(self.routing_shape if replay else None))
         self.train_mode()
         with self.gathered():
             outputs = statistics_pass(self.pipeline, batch.microbatches, temperature)
-        flat = torch.zeros(1, sum(m.tokens.shape[1] for m in batch.microbatches), device=self.groups.device)
+        sizes = [microbatch.tokens.shape[1] for microbatch in batch.microbatches]
+        flat = torch.zeros(1, sum(sizes), device=self.groups.device)
         if self.chunks[-1].post_process:
             flat = torch.cat(outputs, dim=1).float()
         dist.broadcast(flat, src=self.groups.pipeline_ranks[-1], group=self.groups.pp)
-        parts = flat.split([m.tokens.shape[1] for m in batch.microbatches], dim=1)
         answer: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
-        for indices, part, microbatch in zip(plan, parts, batch.microbatches):
+        for indices, part, microbatch in zip(plan, flat.split(sizes, dim=1), batch.microbatches):
             for index, values in zip(indices, unpack(part, microbatch)):
                 answer[index] = values
         return answer
+
+    def _plan(self, samples: Sequence[TrainSample]) -> Plan:
+        """Which samples share a microbatch; as many microbatches as the data-parallel rank with the most needs."""
+        plan = plan_microbatches([len(sample.tokens) for sample in samples], self.cfg.train.micro_batch_tokens)
+        most = torch.tensor([len(plan)], device=self.groups.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.dp)
+        return equalise(plan, common_count([int(most)], self.pipeline.count_multiple))
+
+    def _packing(self, routing_shape: tuple[int, int] | None) -> dict[str, Any]:
+        return {
+            "multiple": self.groups.topology.tp,
+            "routing_shape": routing_shape,
+            "device": self.groups.device,
+        }
 
     def snapshot(self) -> Weights:
         """A copy of the current weights and selection biases."""
@@ -161,7 +155,8 @@ def build_policy(cfg: RunConfig, groups: ProcessGroups, chunks: list[PolicyModel
     for chunk in wrapped:
         chunk.broadcast_params()
         chunk.zero_grad_buffer()
-    optimizer, scheduler = build_optimizer(cfg.train, wrapped)
+    updates_per_step = cfg.rl.num_minibatches * cfg.rl.inner_epochs if cfg.stage == "grpo" else 1
+    optimizer, scheduler = build_optimizer(cfg.train, wrapped, updates_per_step)
     config.finalize_model_grads_func = finalize_gradients
     config.grad_scale_func = optimizer.scale_loss
     if cfg.train.overlap_grad_reduce:

@@ -73,9 +73,7 @@ def train_pass(
 
 
 @torch.no_grad()
-def statistics_pass(
-    pipeline: Pipeline, microbatches: Sequence[MicroBatch], temperature: float
-) -> list[torch.Tensor]:
+def statistics_pass(pipeline: Pipeline, microbatches: Sequence[MicroBatch], temperature: float) -> list[torch.Tensor]:
     """Forward only: the log-probability of every label, ``[1, T]`` per microbatch. Answers on the last stage only."""
 
     def read(output: torch.Tensor, batch: MicroBatch):

@@ -56,9 +56,7 @@ def train_step(policy: Policy, batch: StepBatch, objective: Objective, num_seque
 
 
 def _selection_biases(policy: Policy) -> list[torch.Tensor]:
-    return [
-        buffer for chunk in policy.chunks for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")
-    ]
+    return [buffer for chunk in policy.chunks for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")]
 
 
 def _reduce(policy: Policy, outputs: list[MicroBatchOutput]) -> tuple[float, dict[str, float]]:

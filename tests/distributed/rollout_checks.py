@@ -110,6 +110,8 @@ def check_rollouts(
     uneven: bool = False,
     model: ModelConfig = MODEL,
     pipeline_groups: int | None = None,
+    bf16: bool = False,
+    replay: bool = False,
 ) -> dict[str, Any]:
     """Sample, then compare with the training forward of the same weights and layout.
 
@@ -119,6 +121,7 @@ def check_rollouts(
     cfg = run_config(parallel, model)
     cfg = replace(
         cfg,
+        train=replace(cfg.train, bf16=bf16),
         rollout=replace(cfg.rollout, pipeline_groups=pipeline_groups),
     )
     groups, policy, engine = setup(cfg)
@@ -129,7 +132,7 @@ def check_rollouts(
     check_nouns(mine, answers, sampling)
 
     chosen = record_training_routing(policy)
-    logprobs = training_logprobs(policy, rollouts, temperature)
+    logprobs = training_logprobs(policy, rollouts, temperature, replay)
     diff = max((np.abs(a - r.logprobs).max() for a, r in zip(logprobs, rollouts)), default=0.0)
     misrouted, num_routed = compare_routing(chosen, rollouts, groups)
     return {
@@ -162,10 +165,12 @@ def check_nouns(prompts: list[Prompt], answers: list[list[Rollout]], sampling: S
                 assert len(rollout.routed_experts) == len(rollout.tokens) - 1
 
 
-def training_logprobs(policy: Policy, rollouts: list[Rollout], temperature: float) -> list[np.ndarray]:
-    """Response-aligned log-probabilities under the training forward (all rollouts in one pass)."""
-    samples = [as_sample(rollout, replay=False) for rollout in rollouts]
-    policy.cfg = replace(policy.cfg, rollout=replace(policy.cfg.rollout, router_replay=False))
+def training_logprobs(
+    policy: Policy, rollouts: list[Rollout], temperature: float, replay: bool = False
+) -> list[np.ndarray]:
+    """Response-aligned log-probabilities under the training forward, with its own routing or the rollout's."""
+    samples = [as_sample(rollout, replay) for rollout in rollouts]
+    policy.cfg = replace(policy.cfg, rollout=replace(policy.cfg.rollout, router_replay=replay))
     aligned = policy.logprobs(samples, temperature)
     return [a[r.prompt_len - 1 : len(r.tokens) - 1] for a, r in zip(aligned, rollouts)]
 
@@ -191,8 +196,10 @@ def compare_routing(
     chosen: list[list[torch.Tensor]], rollouts: list[Rollout], groups: ProcessGroups
 ) -> tuple[int, int]:
     """(token-layers whose recorded experts differ, all token-layers) over one pass of the training forward."""
+    if not chosen:  # a stage without mixture-of-experts layers
+        return 0, 0
     wrong = total = 0
-    num_microbatches = len(chosen[0]) if chosen else 0
+    num_microbatches = len(chosen[0])
     plan = equalise(plan_microbatches([len(r.tokens) for r in rollouts], MICRO_BATCH_TOKENS), num_microbatches)
     for number in range(num_microbatches):
         layers = [notes[number] for notes in chosen]

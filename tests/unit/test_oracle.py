@@ -45,11 +45,12 @@ def test_forcing_the_natural_routing_changes_nothing() -> None:
     assert abs(random.loss - natural.loss) > 1e-3
 
 
-def test_balance_loss_of_balanced_routing_is_one() -> None:
-    """Uniform scores and uniform use give f_i = 1 and P_i = 1 / E: the loss is exactly 1."""
-    scores = torch.full((8, 8), 0.3, dtype=torch.float64)
-    routing = torch.stack([torch.arange(t, t + 4) % 8 for t in range(8)])
-    assert o.sequence_balance_loss(scores, routing).item() == pytest.approx(1.0)
+def test_balance_loss_of_equal_loads_is_one() -> None:
+    """Every expert is chosen by half of the tokens and has the same mean share: f_i = 1, P_i = 1 / E, the loss 1."""
+    likes = torch.stack([(torch.arange(8) - t) % 8 < 4 for t in range(8)])
+    scores = torch.where(likes, 0.6, 0.2).double()
+    assert o.sequence_balance_loss(scores, num_chosen=4).item() == pytest.approx(1.0)
+    assert o.sequence_balance_loss(scores[:2], num_chosen=4).item() > 1.1
 
 
 def test_multi_token_prediction_looks_two_ahead() -> None:

@@ -187,7 +187,10 @@ def transformer_config(parallel: ParallelConfig, num_layers: int, mtp: int = 0) 
 
 
 def megatron_layers(parallel: ParallelConfig, num_layers: int) -> list[list[tuple[int, ...]]] | None:
-    """Global layers per [pp rank][virtual stage] as megatron-core builds them; ``None``: it refuses."""
+    """Global layers per [pp rank][virtual stage] as megatron-core builds them; ``None``: it refuses.
+
+    Counts that add up to more layers than there are pass its checks and give negative layer counts: refused too.
+    """
     vpp = parallel.virtual_pipeline_model_parallel_size
     try:
         config = transformer_config(parallel, num_layers)
@@ -199,9 +202,10 @@ def megatron_layers(parallel: ParallelConfig, num_layers: int) -> list[list[tupl
                 start = get_transformer_layer_offset(config, **at)
                 chunks.append(tuple(range(start, start + get_num_layers_to_build(config, **at))))
             ranks.append(chunks)
-    except (AssertionError, ValueError):
+    except (AssertionError, ValueError, ZeroDivisionError):
         return None
-    return ranks
+    built = sorted(layer for chunks in ranks for chunk in chunks for layer in chunk)
+    return ranks if built == list(range(num_layers)) else None
 
 
 def test_layers_lie_where_megatron_puts_them():
@@ -251,7 +255,7 @@ def random_layout(rng: random.Random) -> str:
         "2",
         "()*2",
     ]
-    middle = "".join(rng.choices(units, weights=[9] * 12 + [2, 0.3, 0.3, 0.3], k=rng.randint(1, 4)))
+    middle = "".join(rng.choices(units, weights=[9] * 12 + [2, 1, 1, 1], k=rng.randint(1, 4)))
     return rng.choice(["E", "E", "E", "E", ""]) + middle + rng.choice(["L", "L", "mL", "|L", "m|L", ""])
 
 
@@ -269,7 +273,7 @@ def test_layout_strings_parse_as_in_megatron():
             continue
         parsed += 1
         assert [[LETTERS[letter] for letter in stage] for stage in parse_layout(layout)] == theirs, layout
-    assert parsed > 1000 and refused > 100
+    assert parsed > 1000 and refused > 50
 
 
 def test_layouts_place_layers_as_in_megatron(monkeypatch: pytest.MonkeyPatch):
@@ -299,7 +303,7 @@ def test_layouts_place_layers_as_in_megatron(monkeypatch: pytest.MonkeyPatch):
                 assert chunk.mtp == theirs.get_num_layers_to_build(LayerType.mtp, **at)
                 assert chunk.embedding == (theirs.get_num_layers_to_build(LayerType.embedding, **at) == 1)
                 assert chunk.loss == (theirs.get_num_layers_to_build(LayerType.loss, **at) == 1)
-    assert accepted > 100 and refused > 500
+    assert accepted > 50 and refused > 500
 
 
 def test_published_layout_of_deepseek_v3():

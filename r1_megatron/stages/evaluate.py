@@ -1,0 +1,75 @@
+"""Accuracy on held-out prompts, sampled and greedy; as a stage of its own or in the middle of another.
+
+    r1-megatron train examples/chain_sum_zero.yaml stage=evaluate checkpoint.load=runs/demo/checkpoints/final
+
+Greedy says what the policy knows, sampled what it does: the gap is what reinforcement learning closes first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from r1_megatron.config.schema import RunConfig, SamplingConfig
+from r1_megatron.stages.grading import grade
+from r1_megatron.stages.setup import Run, open_run
+
+# Held-out prompts are drawn with another seed than training prompts of the same number.
+_SEED_OFFSET = 7919
+
+
+def run(cfg: RunConfig) -> None:
+    """Load, sample, grade, report."""
+    with open_run(cfg) as run:
+        evaluate(run, step=run.loaded.get("step", 0))
+
+
+def evaluate_if_due(run: Run, step: int) -> None:
+    """At the start, every `evaluate.interval` steps, and after the last step."""
+    interval = run.cfg.evaluate.interval
+    if step in (0, run.cfg.train.steps) or (interval and step % interval == 0):
+        evaluate(run, step)
+
+
+def evaluate(run: Run, step: int) -> dict[str, float]:
+    """Shares of held-out completions whose first reward term (accuracy) is at least 1, and that stopped by themselves."""
+    prompts = run.held_out[: run.cfg.evaluate.num_prompts]
+    if not prompts:
+        return {}
+    greedy = replace(run.cfg.sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    results = {"num_prompts": float(len(prompts))}
+    results.update(_accuracy(run, "sampled", run.cfg.sampling, run.cfg.evaluate.samples_per_prompt))
+    results.update(_accuracy(run, "greedy", greedy, 1))
+    run.log.evaluation(step, results)
+    return results
+
+
+def _accuracy(run: Run, name: str, sampling: SamplingConfig, samples: int) -> dict[str, float]:
+    mine = list(run.held_out[: run.cfg.evaluate.num_prompts])[run.groups.dp_rank :: run.groups.topology.dp]
+    with run.policy.gathered():
+        rollouts = run.engine.generate(
+            mine, samples, sampling, seed=run.cfg.seed + _SEED_OFFSET, policy_version=run.policy.version
+        )
+    graded, _ = grade(run, mine, rollouts)
+    first_term = [next(iter(group.components.values())) for group in graded]
+    sums = torch.tensor(
+        [
+            float(sum((values >= 1.0).sum() for values in first_term)),
+            float(sum(group.rewards.sum() for group in graded)),
+            float(sum(rollout.finish == "stop" for group in rollouts for rollout in group)),
+            float(sum(rollout.num_response for group in rollouts for rollout in group)),
+            float(sum(len(group) for group in rollouts)),
+        ],
+        dtype=torch.float64,
+        device=run.groups.device,
+    )
+    dist.all_reduce(sums, group=run.groups.dp)
+    right, reward, stopped, tokens, count = sums.tolist()
+    return {
+        f"{name}_accuracy": right / count,
+        f"{name}_reward": reward / count,
+        f"{name}_stopped": stopped / count,
+        f"{name}_length": tokens / count,
+    }

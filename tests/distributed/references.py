@@ -1,0 +1,118 @@
+"""What the ranks compare themselves with: computed once per session by the oracle, read by the ranks from one file.
+
+The file holds plain tensors, so that a rank never imports Transformers. Batches are lists of sequences::
+
+    batch     tokens, weights                    signed weights, most lengths different (oracle.sequences)
+    grpo      tokens and the arrays of a TrainSample for the GRPO loss
+    <name>    one reference: loss, nll, gradients, routing, for the model and the batch that its maker says
+    weights   the float32 weights of each model
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests import oracle as o
+from tests.tiny import TINY, TINY_AUX, TINY_FULL_RANK_QUERY, TINY_MTP, TINY_ROPE
+
+# Everything the GRPO loss can do, at once, and at a temperature.
+GRPO = o.GrpoOptions(0.2, 0.28, clip_ratio_dual=1.5, kl_coef=0.05, entropy_coef=0.01, tis_cap=1.2, temperature=0.7)
+# Clipping always acts (norms are 6 to 8), decay is strong, the learning rate warms up and stays.
+ADAMW = o.AdamWOptions(lrs=(2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3), weight_decay=0.1, clip_grad=0.3)
+BIAS_UPDATE_RATE = 1e-3
+TEMPERATURE = 0.7
+
+
+def write_references(path: Path) -> None:
+    """Compute everything, in seconds, and save it."""
+    batch = o.sequences()
+    tiny = o.Oracle(TINY)
+    natural = o.weighted_nll(tiny, batch)
+    routing = o.random_routing(batch, TINY)
+    models = {
+        "tiny": tiny,
+        "other": o.Oracle(TINY, seed=7),
+        "rope": o.Oracle(TINY_ROPE),
+        "full_rank_query": o.Oracle(TINY_FULL_RANK_QUERY),
+        "mtp": o.Oracle(TINY_MTP),
+    }
+    share = TINY_AUX.moe_aux_loss_coeff / len(batch.tokens)
+    answers: dict[str, Any] = {
+        "tiny": _plain(natural),
+        "rope": _plain(o.weighted_nll(models["rope"], batch)),
+        "full_rank_query": _plain(o.weighted_nll(models["full_rank_query"], batch)),
+        "mtp": _plain(o.weighted_nll(models["mtp"], batch)),
+        "aux": _plain(o.weighted_nll(tiny, batch, aux_weights=[share] * len(batch.tokens))),
+        "replay": _plain(o.weighted_nll(tiny, batch, routing)),
+        "grpo": _grpo(tiny),
+        "trajectory": asdict(o.adamw_trajectory(tiny, batch, ADAMW)),
+        "updated_bias": _updated_bias(tiny, natural.routing),
+        "logprobs": {
+            name: [_logprobs(models[name], tokens) for tokens in batch.tokens] for name in ("tiny", "other")
+        },
+        "batch": {"tokens": batch.tokens, "weights": batch.weights},
+        "weights": {name: model.weights() for name, model in models.items()},
+    }
+    torch.save(answers, path)
+
+
+def _plain(reference: o.Reference) -> dict[str, Any]:
+    names = ("loss", "nll", "gradients", "routing")
+    return {name: getattr(reference, name) for name in names}
+
+
+def _logprobs(oracle: o.Oracle, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return o.logprobs(oracle(tokens).logits, tokens, TEMPERATURE)
+
+
+def _updated_bias(oracle: o.Oracle, routing: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The selection biases after one aux-loss-free update (arXiv 2408.15664): towards the experts with fewer tokens."""
+    config = oracle.config
+    out = {}
+    for i in range(config.num_layers - config.first_k_dense_replace):
+        name = f"model.layers.{i + config.first_k_dense_replace}.mlp.gate.e_score_correction_bias"
+        chosen = torch.cat([layers[i].flatten() for layers in routing])
+        counts = torch.bincount(chosen, minlength=config.num_moe_experts).double()
+        out[name] = oracle.weights()[name] + BIAS_UPDATE_RATE * torch.sign(counts.mean() - counts).float()
+    return out
+
+
+def _grpo(oracle: o.Oracle, num: int = 12) -> dict[str, Any]:
+    """A batch whose ratios lie on both sides of every clip, and the loss and gradients of all its sequences."""
+    generator = torch.Generator().manual_seed(23)
+    batch = o.sequences(num=num, seed=29)
+
+    def noise(tokens: torch.Tensor, std: float) -> torch.Tensor:
+        return std * torch.randn(len(tokens), generator=generator)
+
+    arrays: dict[str, list[torch.Tensor]] = {name: [] for name in ARRAYS}
+    oracle.zero_grad()
+    total = 0.0
+    for tokens in batch.tokens:
+        logits = oracle(tokens).logits
+        log_p = torch.cat([o.logprobs(logits.detach(), tokens, GRPO.temperature), torch.zeros(1)]).float()
+        old = log_p + noise(tokens, 0.4)
+        mask = torch.arange(len(tokens)) >= len(tokens) // 3
+        mask[-1] = False
+        sequence = {
+            "advantages": noise(tokens, 1.0),
+            "weights": mask / torch.tensor(100.0),
+            "old_logprobs": old,
+            "behaviour_logprobs": old + noise(tokens, 0.2),
+            "reference_logprobs": log_p + noise(tokens, 0.3),
+        }
+        for name in ARRAYS:
+            arrays[name].append(sequence[name])
+        loss = o.grpo_loss(logits, o.GrpoSequence(tokens, **{n: t.double() for n, t in sequence.items()}), GRPO)
+        loss.backward()
+        total += loss.item()
+    return {"tokens": batch.tokens, **arrays, "loss": total, "gradients": oracle.gradients()}
+
+
+ARRAYS = ("advantages", "weights", "old_logprobs", "behaviour_logprobs", "reference_logprobs")
+TINY_WITH_BIAS_UPDATE = replace(TINY, moe_router_bias_update_rate=BIAS_UPDATE_RATE)

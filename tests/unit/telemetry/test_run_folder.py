@@ -1,0 +1,113 @@
+"""A run folder is claimed once and nothing in it is ever lost."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from r1_megatron.telemetry import run_folder
+
+
+def test_claim_writes_the_configuration_and_the_environment(tmp_path):
+    folder = run_folder.claim(tmp_path / "a" / "b", "name: x\n", {"python": "3"})
+    assert (folder / "config.yaml").read_text() == "name: x\n"
+    assert (folder / "environment.json").read_text() == '{\n  "python": "3"\n}\n'
+
+
+def test_another_run_is_refused_with_what_was_found_and_the_remedies(tmp_path):
+    folder = run_folder.claim(tmp_path / "run", "first", {})
+    (folder / "metrics.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(ValueError, match=r"holds another run \(2 step lines.*output_dir=.*rm -r") as error:
+        run_folder.claim(folder, "second", {})
+    assert str(folder) in str(error.value)
+    assert (folder / "config.yaml").read_text() == "first"
+
+
+def test_foreign_files_and_plain_files_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"is not empty \(thesis.tex\)"):
+        run_folder.claim(tmp_path, "", {})
+    with pytest.raises(ValueError, match="is a file"):
+        run_folder.claim(tmp_path / "thesis.tex", "", {})
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_of_many_claims_at_once_one_wins(tmp_path):
+    def attempt(number: int) -> bool:
+        try:
+            run_folder.claim(tmp_path / "run", str(number), {})
+        except ValueError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = [number for number, success in enumerate(pool.map(attempt, range(8))) if success]
+    assert len(won) == 1
+    assert (tmp_path / "run" / "config.yaml").read_text() == str(won[0])
+
+
+def test_a_start_that_failed_before_any_result_is_set_aside(tmp_path):
+    for attempt in (1, 2):
+        folder = run_folder.claim(tmp_path / "run", f"attempt {attempt}", {})
+        (folder / "logs" / "rank_0.log").write_text(f"error {attempt}")
+        (folder / "metrics.jsonl").touch()
+        run_folder.write_json(folder / "launch.json", {"exit_code": 1})
+    run_folder.claim(folder, "attempt 3", {})
+    assert (folder / "config.yaml").read_text() == "attempt 3"
+    for attempt in (1, 2):
+        assert (folder / f"failed_starts/{attempt}/logs/rank_0.log").read_text() == f"error {attempt}"
+
+
+@pytest.mark.parametrize("result", ["metrics.jsonl", "samples.jsonl", "checkpoints/step_1/x"])
+def test_a_failed_run_with_any_result_is_refused(tmp_path, result):
+    folder = run_folder.claim(tmp_path / "run", "", {})
+    (folder / result).parent.mkdir(parents=True, exist_ok=True)
+    (folder / result).write_text("precious\n")
+    run_folder.write_json(folder / "launch.json", {"exit_code": 1})
+    with pytest.raises(ValueError, match="holds another run"):
+        run_folder.claim(folder, "", {})
+    assert (folder / result).read_text() == "precious\n"
+
+
+def test_a_run_that_is_still_starting_is_refused(tmp_path):
+    folder = run_folder.claim(tmp_path / "run", "", {})  # no launch.json: it has not ended
+    with pytest.raises(ValueError, match="holds another run"):
+        run_folder.claim(folder, "", {})
+
+
+def test_write_atomic_keeps_the_old_content_until_the_new_is_whole(tmp_path):
+    path = tmp_path / "file"
+    run_folder.write_atomic(path, "old")
+    # A process that dies on its way to the rename (here: the rename itself fails) leaves the old file, and no litter.
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError):
+        run_folder.write_atomic(tmp_path / "folder", b"new")
+    assert path.read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    run_folder.write_atomic(path, b"new")
+    assert path.read_text() == "new"
+
+
+def test_write_atomic_gives_the_permissions_of_an_ordinary_file(tmp_path):
+    script = (
+        "import os, sys; os.umask(0o027)\n"
+        "from r1_megatron.telemetry.run_folder import write_atomic\n"
+        "write_atomic(sys.argv[1], 'x')"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "f")], check=True, timeout=60)
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o640
+
+
+def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
+    assert run_folder.last_checkpoint(tmp_path) is None
+    for age, name in ((30, "step_5"), (20, "step_10"), (10, "step_15.partial")):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "checkpoint.json").write_text("{}")
+        os.utime(tmp_path / "checkpoints" / name / "checkpoint.json", (1e9 - age, 1e9 - age))
+    (tmp_path / "checkpoints" / "step_20").mkdir()  # never finished
+    assert run_folder.last_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_10"
