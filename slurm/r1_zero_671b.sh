@@ -26,7 +26,8 @@ config=slurm/r1_zero_671b.yaml
 # What the job will do, on the first lines of its log. A configuration with problems ends here, on one core.
 r1-megatron explain "$config" "$@"
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hosts[0]}
 # Two jobs on one first node do not meet: the port follows the job's number.
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT

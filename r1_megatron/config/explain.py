@@ -32,7 +32,7 @@ def explain(cfg: RunConfig) -> str:
         sections.append(("evaluation", _evaluation_lines(cfg)))
     width = max(len(name) for _, lines in sections for name, _ in lines)
     blocks = ["\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in lines)]) for title, lines in sections]
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def _held(chunks: tuple[Chunk, ...], numbers: bool) -> str:
     parts = ["embedding"] if any(c.embedding for c in chunks) else []
     runs = [c.layers for c in chunks if c.layers]
     if runs and numbers:
-        spans = " + ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+        spans = " + ".join(f"{run[0]}-{run[-1]}" if run[0] < run[-1] else f"{run[0]}" for run in runs)
         parts.append(f"layer{'s' if sum(map(len, runs)) > 1 else ''} {spans}")
     elif runs:
         parts.append(" + ".join(str(len(run)) for run in runs) + " layers each")
@@ -149,14 +149,15 @@ def _rollout_lines(cfg: RunConfig, topology: Topology, stages: tuple[tuple[Chunk
     # Each minibatch is dealt over the data-parallel ranks by itself, and a rank samples what it will train on.
     blocks = cfg.rl.num_minibatches if cfg.stage == "grpo" else 1
     share = _Share(r.prompts_per_step // blocks, topology.dp, times=blocks)
-    at_once = min(r.max_sequences, share.most * r.samples_per_prompt)
+    per_rank = share.most * r.samples_per_prompt
+    at_once = min(r.max_sequences, per_rank)
     layers = max(sum(len(c.layers) for c in chunks) for chunks in stages)
     width = m.kv_lora_rank + m.qk_pos_emb_head_dim
     size = 2 if cfg.train.bf16 else 4
     cache = width * size * layers * at_once * length
     return [
         ("samples", f"{r.prompts_per_step} prompts * {r.samples_per_prompt} samples = {samples:,}"),
-        ("per dp rank", f"{share.text('prompt')}, {share.most * r.samples_per_prompt:,} samples at most"),
+        ("per dp rank", f"{share.text('prompt')}, at most {per_rank:,} samples of {per_rank * length:,} tokens"),
         (
             "length",
             f"prompt {cfg.data.max_prompt_tokens:,} + response {s.max_new_tokens:,} = {length:,} tokens at most",

@@ -61,9 +61,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = _overlay(layers, changes, preset=None, problems=[])
     model = tree.get("model")
     preset = model.get("preset") if isinstance(model, dict) else None
-    if preset is not None and preset not in PRESETS:
-        problems.append(_unknown("model.preset", f"no preset {_show(preset)}", str(preset), list(PRESETS)))
-        preset = None
+    if isinstance(preset, str) and preset not in PRESETS:
+        problems.append(_unknown("model.preset", f"no preset {_show(preset)}", preset, list(PRESETS)))
+    preset = preset if isinstance(preset, str) and preset in PRESETS else None
     tree = _overlay(layers, changes, preset, problems)
 
     config = _build(RunConfig, tree, "", problems)
@@ -171,9 +171,9 @@ def _overlay(
     if preset is not None:
         tree["model"].update(PRESETS[preset])
     for _, layer in layers:
-        tree = _merge(tree, layer)
+        tree = _merge(tree, _plain(layer))
     for text, keys, value in changes:
-        _set(tree, keys, value, text, problems)
+        _set(tree, keys, _plain(value), text, problems)
     return tree
 
 
@@ -188,24 +188,24 @@ def _merge(below: dict, above: dict) -> dict:
     return merged
 
 
-def _set(tree: dict, keys: list[str], value: Any, text: str, problems: list[str]) -> None:
-    """Write one override into the tree, in place. A key that is not there is made: ``_build`` judges names."""
+def _set(tree: dict, names: list[str], value: Any, text: str, problems: list[str]) -> None:
+    """Write one override into the tree, in place. A field that is not there is made: ``_build`` judges names."""
     node: Any = tree
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        where = ".".join(keys[:depth])
+    for depth, name in enumerate(names):
+        key: Any = name
+        where = ".".join(names[:depth])
         if isinstance(node, list):
-            if not key.isdecimal() or int(key) >= len(node):
+            if not name.isdecimal() or int(name) >= len(node):
                 problems.append(
                     f"override {text!r}: {where} has {len(node)} entries; expected a number "
-                    f"from 0 to {len(node) - 1} after it, got {key!r}."
+                    f"below {len(node)} after it, got {name!r}."
                 )
                 return
-            key = int(key)
+            key = int(name)
         elif not isinstance(node, dict):
             problems.append(f"override {text!r}: {where} is {_show(node)} and has no fields.")
             return
-        if not last:
+        if depth < len(names) - 1:
             node = node[key] if isinstance(node, list) else node.setdefault(key, {})
         elif node is tree:
             tree.update(_merge(tree, {key: value}))
@@ -214,7 +214,7 @@ def _set(tree: dict, keys: list[str], value: Any, text: str, problems: list[str]
 
 
 def _plain(value: Any) -> Any:
-    """Tuples to lists, so that the tree is what YAML knows."""
+    """A copy in which tuples are lists, as YAML knows them, and nothing is shared."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -229,7 +229,7 @@ LARGEST = sys.float_info.max  # NaN and infinity fail the comparison with it
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
-def _build(kind: type, tree: Any, path: str, problems: list[str]) -> Any:
+def _build(kind: Any, tree: Any, path: str, problems: list[str]) -> Any:
     """A dataclass of ``kind`` from its mapping; with a problem reported, its defaults stand in."""
     if not isinstance(tree, dict):
         problems.append(f"{path}: expected a section with fields, got {_show(tree)}.")
@@ -239,7 +239,7 @@ def _build(kind: type, tree: Any, path: str, problems: list[str]) -> Any:
     dotted = f"{path}." if path else ""
     for key in tree:
         if key not in names:
-            problems.append(_unknown(f"{dotted}{key}", "unknown key", str(key), names, dotted))
+            problems.append(_unknown(f"{dotted}{key}", "unknown key", str(key), names, dotted, _elsewhere(key)))
     values = {name: _convert(hints[name], tree[name], dotted + name, problems) for name in names if name in tree}
     return kind(**values)
 
@@ -285,12 +285,24 @@ def _describe(hint: Any) -> str:
     return named[hint]
 
 
-def _unknown(path: str, what: str, got: str, known: Sequence[str], dotted: str = "") -> str:
-    """A message that names the nearest right name, or all of them where none is near."""
-    near = difflib.get_close_matches(got, known, n=1, cutoff=0.6)
+def _unknown(
+    path: str, what: str, got: str, known: Sequence[str], dotted: str = "", elsewhere: Sequence[str] = ()
+) -> str:
+    """A message that names the same name in other sections, or the nearest one, or all of them where none is near."""
+    near = list(elsewhere) or [dotted + name for name in difflib.get_close_matches(got, known, n=1, cutoff=0.6)]
     if near:
-        return f"{path}: {what}. Did you mean {dotted}{near[0]}?"
+        return f"{path}: {what}. Did you mean {' or '.join(near)}?"
     return f"{path}: {what}. Known: {', '.join(known)}."
+
+
+def _elsewhere(name: Any) -> list[str]:
+    """Full paths of the fields of that name in any section."""
+    sections = {field.name: getattr(RunConfig(), field.name) for field in fields(RunConfig)}
+    found = [name] if name in sections else []
+    for section, values in sections.items():
+        if is_dataclass(values) and name in (field.name for field in fields(values)):
+            found.append(f"{section}.{name}")
+    return found
 
 
 def _show(value: Any) -> str:

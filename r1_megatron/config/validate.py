@@ -459,10 +459,10 @@ def _machine(cfg: RunConfig) -> Iterator[str]:
     for name, path in wanted.items():
         if path is not None and not Path(path).exists():
             yield f"{name}: {path} does not exist (seen from {Path.cwd()})."
-    if jsonl:
-        for name in ("data.path", "data.eval_path"):
-            if wanted[name] is not None and Path(wanted[name]).is_dir():
-                yield f"{name}: {wanted[name]} is a folder; a JSONL file is needed."
+    for name in ("data.path", "data.eval_path"):
+        path = wanted[name]
+        if path is not None and Path(path).is_dir():
+            yield f"{name}: {path} is a folder; a JSONL file is needed."
     if cfg.checkpoint.load is not None and Path(cfg.checkpoint.load).is_file():
         yield f"checkpoint.load: {cfg.checkpoint.load} is a file; a checkpoint is a folder."
     if Path(cfg.output_dir).is_file():

@@ -55,8 +55,6 @@ def load_demonstrations(
         if problem is None:
             try:
                 demonstration = encode_demonstration(prompt, response, cfg, tokenizer)
-            except UnicodeEncodeError:
-                problem = "the text holds half of a surrogate pair, which no encoding can write"
             except ValueError as error:
                 problem = str(error)
             else:

@@ -199,9 +199,6 @@ class _Builder:
         try:
             rendered = render(cfg.template, prompt, self.tokenizer)
             tokens = encode_prompt(self.tokenizer, rendered)
-        except UnicodeEncodeError:
-            problems.append(f"{where}: the text holds half of a surrogate pair, which no encoding can write")
-            return
         except ValueError as error:
             problems.append(f"{where}: {error}")
             return
@@ -282,7 +279,7 @@ def _parse_row(data: bytes) -> tuple[dict[str, Any] | None, str]:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        row = json.loads(data.decode("utf-8"), parse_constant=refuse)
+        row = json.loads(data.rstrip(b"\r\n").decode("utf-8"), parse_constant=refuse)
     except json.JSONDecodeError as error:
         return None, f"malformed JSON, column {error.colno}: {error.msg}"
     except UnicodeDecodeError as error:

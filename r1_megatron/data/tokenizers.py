@@ -120,7 +120,7 @@ class SentencePieceTokenizer:
         return eos
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        return self._processor.encode(_checked_text(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode(_checked_ids(ids, self.vocab_size))
@@ -151,7 +151,7 @@ class HuggingFaceTokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         data = _read_file(file)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)  # pyright: ignore[reportAttributeAccessIssue]
         except Exception as error:  # The library raises bare Exception for malformed files.
             raise ValueError(
                 f"tokenizer.path: {file} is not a Hugging Face tokenizer.json ({error}). "
@@ -206,7 +206,7 @@ class HuggingFaceTokenizer:
         return template
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(_checked_text(text), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(_checked_ids(ids, self.vocab_size), skip_special_tokens=False)
@@ -366,6 +366,17 @@ def _special_text(value: Any) -> str | None:
 
 def _id_or_none(token: int) -> int | None:
     return token if token >= 0 else None
+
+
+def _checked_text(text: str) -> str:
+    """JSON can hold half of a surrogate pair, and the tokenizers' own errors for it help nobody."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds half of a surrogate pair at character {error.start}, which no encoding can write"
+        ) from None
+    return text
 
 
 def _checked_ids(ids: Iterable[int], vocab_size: int) -> Sequence[int]:

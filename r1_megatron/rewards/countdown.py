@@ -59,15 +59,13 @@ def _grade(completion: str, label: Any) -> float:
         return 0.0
 
 
-def _check_label(label: Any) -> tuple[list[int], Fraction, str]:
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    if isinstance(label, dict):
-        numbers, target, operators = label.get("numbers"), label.get("target"), label.get("operators", "+-*/")
-        whole = isinstance(numbers, list) and numbers and all(is_number(n) for n in numbers)
-        if whole and is_number(target) and isinstance(operators, str):
-            return numbers, Fraction(target), operators
+def _check_label(label: Any) -> tuple[list[int], int, str]:
+    fields: dict[str, Any] = label if isinstance(label, dict) else {}
+    numbers, target, operators = fields.get("numbers"), fields.get("target"), fields.get("operators", "+-*/")
+    # `type(n) is int`: true and false are whole numbers to Python.
+    whole = isinstance(numbers, list) and len(numbers) > 0 and all(type(n) is int for n in [*numbers, target])
+    if whole and isinstance(operators, str):
+        return numbers, target, operators  # pyright: ignore[reportReturnType]
     raise ValueError(f"label {label!r:.100}: expected {{'numbers': [whole numbers], 'target': whole number}}")
 
 

@@ -58,9 +58,7 @@ def load_function(path: str, options: dict[str, Any], sys_path: list[str]) -> Ca
     try:
         inspect.signature(function).bind([], [], [], [], **options)
     except TypeError as error:
-        raise ValueError(
-            f"it cannot be called with (prompts, completions, labels, metadata, **options): {error}"
-        ) from None
+        raise ValueError(f"it does not take (prompts, completions, labels, metadata, **options): {error}") from None
     return functools.partial(function, **options)
 
 
@@ -96,7 +94,8 @@ def _shown(value: Any) -> str:
 def _describe(error: BaseException) -> str:
     """The error and where in the plug-in it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""
+    frames = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"
 
 

@@ -110,7 +110,10 @@ def plot(rows: Sequence[Row], form: Literal["svg", "png"]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in PANELS if any(metric in row for row in rows for metric, _ in panel.curves)]
+    names = _shown_names(rows)
+    panels = [panel for panel in PANELS if any(metric in names for metric, _ in panel.curves)]
+    # A single point is no curve; the tiles and the table show it. (A run of one step keeps its points.)
+    panels = [p for p in panels if any(len(series(rows, metric)[0]) > 1 for metric, _ in p.curves)] or panels
     num_columns = min(3, len(panels)) or 1
     num_rows = math.ceil(len(panels) / num_columns) or 1
     style = {
@@ -139,6 +142,12 @@ def plot(rows: Sequence[Row], form: Literal["svg", "png"]) -> bytes:
             picture, format=form, dpi=130, facecolor="white", metadata={"Date": None} if form == "svg" else None
         )
     return picture.getvalue()
+
+
+def _shown_names(rows: Sequence[Row]) -> set[str]:
+    """The metrics of a run. The surrogate loss of a policy gradient says nothing; with a reward it is left out."""
+    names = {name for row in rows for name in row}
+    return names - {"train/loss"} if "critic/rewards/mean" in names else names
 
 
 def _draw(axes: Any, panel: Panel, rows: Sequence[Row]) -> None:
@@ -249,7 +258,7 @@ def _warning(launched: Row) -> str:
 
 def _tiles(rows: Sequence[Row], launched: Row) -> str:
     """The few numbers one looks for first; start and end are means of five steps."""
-    steps = [row["step"] for row in rows]
+    steps, names = [row["step"] for row in rows], _shown_names(rows)
     tiles = [("last step", str(max(steps)))]
     for label, metric, form in (
         ("reward", "critic/rewards/mean", "{:.3f}"),
@@ -259,7 +268,7 @@ def _tiles(rows: Sequence[Row], launched: Row) -> str:
         ("response length", "response_length/mean", "{:.1f}"),
         ("entropy, nats", "actor/entropy", "{:.3f}"),
     ):
-        values = [row[metric] for row in rows if row.get(metric) is not None]
+        values = [row[metric] for row in rows if metric in names and row.get(metric) is not None]
         if len(values) == 1:
             tiles.append((label, form.format(values[0])))
         elif values:
@@ -310,7 +319,7 @@ def _sample(sample: Row) -> str:
     if sample.get("label") is not None:
         facts.append(f"<span>label {_text(sample['label'])}</span>")
     if "response_tokens" in sample:
-        facts.append(f"<span>{_text(sample['response_tokens'])} tokens</span>")
+        facts.append(f"<span>tokens {_text(sample['response_tokens'])}</span>")
     if "finish" in sample:
         facts.append(f"<span>{'cut at the limit' if sample['finish'] == 'length' else 'stopped'}</span>")
     prompt, response = _text(sample.get("prompt", "")), _text(sample.get("response", ""))
@@ -337,6 +346,8 @@ def _number(value: Any) -> str:
         return "–"
     if not isinstance(value, float):
         return _text(value)
+    if value.is_integer() and abs(value) >= 10:
+        return f"{value:.0f}"  # a count: the metrics file knows floats only
     return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"
 
 

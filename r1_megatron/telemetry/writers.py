@@ -198,7 +198,10 @@ class RunLog:
         """
         row = {name if name.startswith("eval/") else f"eval/{name}": value for name, value in metrics.items()}
         self._record(step, row)
-        shown = " | ".join(f"{name.removeprefix('eval/').replace('_', ' ')} {value:.3f}" for name, value in row.items())
+        best = {name: value for name, value in row.items() if name.endswith("accuracy")} or row
+        shown = " | ".join(
+            f"{name.removeprefix('eval/').replace('_', ' ')} {value:.3f}" for name, value in best.items()
+        )
         self.note(f"held out, step {step} | {shown}")
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -247,7 +250,9 @@ class Progress:
         self._marks.append((step, now))
         width = len(str(self._total_steps))
         parts = [f"step {step:{width}d}/{self._total_steps}"]
-        parts += [f"{label} {form.format(metrics[name])}" for label, name, form in _PROGRESS if name in metrics]
+        # The surrogate loss of a policy gradient says nothing about progress; with a reward it is left out.
+        shown = [item for item in _PROGRESS if item[0] != "loss" or "critic/rewards/mean" not in metrics]
+        parts += [f"{label} {form.format(metrics[name])}" for label, name, form in shown if name in metrics]
         if "timing_s/step" in metrics:
             parts.append(f"{metrics['timing_s/step']:.1f} s")
         first_step, first_time = self._marks[0]

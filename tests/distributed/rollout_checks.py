@@ -259,3 +259,160 @@ def router_margin(logits: torch.Tensor, router: Any) -> float:
     ranked = scores.sort(-1, descending=True).values
     margins.append((ranked[:, cfg.moe_router_topk - 1] - ranked[:, cfg.moe_router_topk]).min())
     return float(min(margins))
+
+
+def check_full_forward(sampling: SamplingConfig) -> float:
+    """On one rank: the engine draws what a loop without any cache draws, running the whole sequence for each token.
+
+    Answers the largest difference of a log-probability.
+    """
+    cfg = run_config(ParallelConfig(device="cpu"))
+    _, policy, engine = setup(cfg)
+    chunk = policy.chunks[0]
+    prompts, worst = some_prompts(3), 0.0
+    for prompt, group in zip(prompts, engine.generate(prompts, 2, sampling, seed=SEED)):
+        for number, rollout in enumerate(group):
+            tokens = list(prompt.tokens)
+            key = torch.tensor([sampler.request_key(SEED, prompt.index * 2**20 + number)])
+            while len(tokens) < len(rollout.tokens):
+                with torch.no_grad():
+                    logits = chunk(torch.tensor([tokens]), torch.arange(len(tokens))[None], None)[0, -1:]
+                draw = sampler.sample_tokens(
+                    logits,
+                    vocab_start=0,
+                    vocab_size=cfg.model.vocab_size,
+                    keys_B=sampler.position_keys(key, torch.tensor([len(tokens)])),
+                    sampling=sampling,
+                    gather=sampler.group_gather(None),
+                )
+                tokens.append(int(draw.tokens_B))
+                worst = max(worst, abs(float(draw.logprobs_B) - rollout.logprobs[len(tokens) - 1 - rollout.prompt_len]))
+            assert tokens == rollout.tokens.tolist(), (tokens, rollout.tokens.tolist())
+    return worst
+
+
+def check_stop_strings() -> tuple[int, int]:
+    """On one rank: a stop string cuts a sample after the token that completes it and leaves the rest as it was.
+
+    Answers (samples cut, samples).
+    """
+    cfg = run_config(ParallelConfig(device="cpu"), replace(MODEL, vocab_size=104))
+    _, _, engine = setup(cfg)
+    prompts, sampling = some_prompts(6, 100), SamplingConfig(max_new_tokens=24)
+    free = [r for group in engine.generate(prompts, 4, sampling, seed=SEED) for r in group]
+    stops = (free[0].text[3:5], free[5].text[2:5], free[9].text[7])
+    cut = [r for group in engine.generate(prompts, 4, replace(sampling, stop=stops), seed=SEED) for r in group]
+    num_cut = 0
+    for whole, short in zip(free, cut):
+        assert short.tokens.tolist() == whole.tokens[: len(short.tokens)].tolist()
+        texts = [engine.tokenizer.decode(whole.tokens[whole.prompt_len : end]) for end in ends(whole)]
+        stopping = [any(stop in text for stop in stops) for text in texts]
+        if any(stopping):
+            num_cut += 1
+            assert short.num_response == stopping.index(True) + 1 and short.finish == "stop"
+            assert any(stop in short.text for stop in stops)
+        else:
+            assert len(short.tokens) == len(whole.tokens) and short.finish == whole.finish
+    return num_cut, len(cut)
+
+
+def ends(rollout: Rollout) -> range:
+    """Where each response token ends."""
+    return range(rollout.prompt_len + 1, len(rollout.tokens) + 1)
+
+
+def check_beside_training(parallel: ParallelConfig) -> dict[str, Any]:
+    """Generation leaves nothing behind in training, nor training in generation.
+
+    Sample; run the training forward with the rollout's experts forced on it and a backward; sample again; give the
+    cache back; sample again. The weights never change, so neither may the samples.
+    """
+    _, policy, engine = setup(run_config(parallel))
+    prompts = some_prompts(4)
+    policy.chunks[0].eval()
+    first = engine.generate(prompts, 3, SAMPLING, seed=SEED)
+    modes = [chunk.training for chunk in policy.chunks]
+    rollouts = [rollout for group in first for rollout in group]
+    replayed = training_logprobs(policy, rollouts, 1.0, replay=True)
+    diff = max(np.abs(a - r.logprobs).max() for a, r in zip(replayed, rollouts))
+    chunk = policy.chunks[0].train()
+    gradient = 0.0
+    if chunk.pre_process and chunk.post_process:
+        tokens = torch.tensor(rollouts[0].tokens)[None]
+        loss = chunk(tokens[:, :-1], torch.arange(tokens.shape[1] - 1)[None], None, labels=tokens[:, 1:]).sum()
+        loss.backward()
+        # megatron-core's data parallelism moves the gradients into its buffers.
+        gradient = float(sum(p.main_grad.abs().sum() for p in chunk.parameters()))
+    second = engine.generate(prompts, 3, SAMPLING, seed=SEED)
+    bytes_held = engine.metrics["rollout/cache_bytes"]
+    engine.release()
+    released = engine._cache is None
+    third = engine.generate(prompts, 3, SAMPLING, seed=SEED)
+    other = engine.generate(prompts, 3, SAMPLING, seed=SEED + 1)
+    draws = [[r.tokens.tolist() for group in answer for r in group] for answer in (first, second, third, other)]
+    return {
+        "draws": draws,
+        "modes": modes,
+        "replay_diff": float(diff),
+        "gradient": gradient,
+        "bytes": bytes_held,
+        "released": released,
+    }
+
+
+def check_errors() -> dict[str, str]:
+    """On one rank: what a user is told, by case."""
+    cfg = run_config(ParallelConfig(device="cpu"))
+    groups, policy, engine = setup(cfg)
+    good = Prompt(index=1, text="", tokens=(5, 6))
+    told: dict[str, str] = {}
+
+    def attempt(name: str, action: Any) -> None:
+        try:
+            action()
+        except (ValueError, FloatingPointError) as error:
+            told[name] = f"{type(error).__name__}: {error}"
+
+    def generate(*prompts: Prompt, samples: int = 1, **options: Any) -> Any:
+        return engine.generate(prompts, samples, replace(SAMPLING, **options), seed=0)
+
+    attempt("token", lambda: generate(good, replace(good, index=2, tokens=(5, 260, -1))))
+    attempt("empty", lambda: generate(replace(good, index=3, tokens=())))
+    attempt("long", lambda: generate(replace(good, tokens=(5,) * 41)))
+    attempt("new_tokens", lambda: generate(good, max_new_tokens=63))
+    attempt("twice", lambda: generate(good, good))
+    attempt("samples", lambda: generate(good, samples=0))
+    attempt("options", lambda: generate(good, top_p=0.0))
+    attempt("stop_ids", lambda: generate(good, stop_token_ids=(260,)))
+    short = replace(cfg, model=replace(cfg.model, max_position_embeddings=63))
+    attempt("positions", lambda: build_engine(short, policy.chunks, groups, engine.tokenizer))
+    few = replace(cfg, rollout=replace(cfg.rollout, max_sequences=2, pipeline_groups=3))
+    attempt("slots", lambda: build_engine(few, policy.chunks, groups, engine.tokenizer))
+    assert engine._cache is None, "refused before anything ran"
+
+    generate(good)
+    assert engine.generate([], 2, SAMPLING, seed=0) == []
+    with torch.no_grad():
+        policy.chunks[0].output_layer.weight[7, 3] = torch.nan
+    attempt("nan", lambda: generate(good))
+    assert engine._cache is None and all(chunk.training for chunk in policy.chunks)
+    return told
+
+
+def check_fused_norms() -> float:
+    """On one rank: norms that live in the up-projections, as Transformer Engine's do, give the same log-probabilities.
+
+    Answers the largest difference.
+    """
+    _, policy, engine = setup(run_config(ParallelConfig(device="cpu")))
+    prompts = some_prompts(3)
+    before = engine.generate(prompts, 2, SAMPLING, seed=SEED)
+    for layer in policy.chunks[0].decoder.layers:
+        attention = layer.self_attention
+        for projection, norm in (("linear_q_up_proj", "q_layernorm"), ("linear_kv_up_proj", "kv_layernorm")):
+            getattr(attention, projection).layer_norm_weight = getattr(attention, norm).weight
+            setattr(attention, norm, torch.nn.Identity())
+    after = engine.generate(prompts, 2, SAMPLING, seed=SEED)
+    pairs = [(a, b) for one, two in zip(before, after) for a, b in zip(one, two)]
+    assert all(a.tokens.tolist() == b.tokens.tolist() for a, b in pairs)
+    return max(float(np.abs(a.logprobs - b.logprobs).max()) for a, b in pairs)

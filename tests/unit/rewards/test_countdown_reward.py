@@ -128,5 +128,5 @@ def test_division_by_zero_of_given_numbers():
     "label", [None, 16, "16", {}, {"numbers": [], "target": 1}, {"numbers": [1, "2"], "target": 3}, {"numbers": [1]}]
 )
 def test_a_label_of_another_shape_is_an_error_of_the_data(label):
-    with pytest.raises(ValueError, match="expected {'numbers'"):
+    with pytest.raises(ValueError, match=r"expected {'numbers'"):
         reward("1", label)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -129,7 +131,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_reward_ends_the_run_and_names_the_sample(kind):
-    timeout_s = 1.0 if kind == "hang" else 30.0
+    timeout_s = 2.0 if kind == "hang" else 30.0
     with build_rewards(config("my_rewards:picky", timeout_s=timeout_s)) as grader:
         with pytest.raises(RewardError) as caught:
             grader.grade(prompts(4), ["ok", "true", kind, "ok"])
@@ -153,12 +155,15 @@ def test_bad_rewards_count_zero_and_are_counted():
 def test_a_hung_reward_is_killed_with_its_children(tmp_path):
     with build_rewards(config("my_rewards:picky", timeout_s=2.0, on_error="zero")) as grader:
         assert grader.grade(prompts(1), ["spawn"]).num_failed == 1
-    pid = int((tmp_path / "child_pid").read_text())
-    for _ in range(100):  # The orphan is reaped by init in its own time.
+    wait_for_end(int((tmp_path / "child_pid").read_text()))
+
+
+def wait_for_end(pid: int) -> None:
+    for _ in range(100):
         try:
             with open(f"/proc/{pid}/stat") as stat:
                 if stat.read().rpartition(")")[2].split()[0] == "Z":
-                    return
+                    return  # Dead; init reaps it in its own time.
         except FileNotFoundError:
             return
         time.sleep(0.05)
@@ -168,7 +173,7 @@ def test_a_hung_reward_is_killed_with_its_children(tmp_path):
 def test_a_failure_that_no_sample_shows_alone():
     with (
         build_rewards(config("my_rewards:moody")) as grader,
-        pytest.raises(RewardError, match="not in company.*in a batch of 2; no single sample could be blamed"),
+        pytest.raises(RewardError, match=r"not in company.*in a batch of 2; no single sample could be blamed"),
     ):
         grader.grade(prompts(2), ["a", "b"])
     with build_rewards(config("my_rewards:moody", on_error="zero")) as grader:
@@ -178,7 +183,7 @@ def test_a_failure_that_no_sample_shows_alone():
 def test_a_dictionary_is_no_list_of_numbers():
     with (
         build_rewards(config("my_rewards:dictionary")) as grader,
-        pytest.raises(RewardError, match="it returned dict .*expected a list of numbers"),
+        pytest.raises(RewardError, match=r"it returned dict .*expected a list of numbers"),
     ):
         grader.grade(prompts(1), ["a"])
 
@@ -228,3 +233,22 @@ def test_closing_ends_the_workers():
     grader.close()
     assert process.poll() is not None
     assert not os.path.exists(f"/proc/{process.pid}")
+
+
+def test_a_hung_worker_does_not_outlive_a_killed_run(tmp_path):
+    code = (
+        "from r1_megatron.config.schema import RewardConfig, RewardTermConfig as T\n"
+        "from r1_megatron.rewards.base import build_rewards\n"
+        "from r1_megatron.types import Prompt\n"
+        "grader = build_rewards(RewardConfig((T('my_rewards:picky'),)))\n"
+        "print(grader._terms['picky'][1]._worker._process.pid, flush=True)\n"
+        "grader.grade([Prompt(0, 'q', ())], ['hang'])\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    worker = int(run.stdout.readline())
+    time.sleep(0.3)  # Into the call.
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    wait_for_end(worker)

@@ -1,0 +1,134 @@
+"""Every YAML that we ship loads, validates and explains itself; every script in slurm/ is sound shell."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from r1_megatron.config.explain import explain
+from r1_megatron.config.load import dump_config, load_config
+from r1_megatron.config.validate import check_config, validate_config
+from r1_megatron.topology import Topology
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*ROOT.glob("examples/**/*.yaml"), *ROOT.glob("slurm/**/*.yaml")])
+SCRIPTS = sorted(ROOT.glob("slurm/**/*.sh"))
+RANKS = {
+    "chain_sum_base": 2,
+    "chain_sum_zero": 1,
+    "chain_sum_zero_tp2": 2,
+    "chain_sum_zero_ep2": 2,
+    "chain_sum_zero_pp2": 2,
+    "chain_sum_zero_tp2pp2": 4,
+    "moonlight_8gpu_zero": 8,
+    "r1_zero_671b": 512,
+}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_loads_validates_and_explains(path: Path, tmp_path: Path):
+    cfg = load_config(path)
+    check_config(cfg, check_files=False)
+    assert cfg.name in explain(cfg)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_config(cfg), encoding="utf-8")
+    assert load_config(resolved) == cfg
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_says_its_command_and_has_a_run_folder_of_its_own(path: Path):
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"# r1-megatron train {name_of(path)}" or first == f"# sbatch {name_of(path.with_suffix('.sh'))}"
+    cfg = load_config(path)
+    assert cfg.name == path.stem and cfg.output_dir == f"runs/{path.stem}"
+
+
+def test_layouts_are_what_the_names_say():
+    found = {path.stem: Topology.from_config(load_config(path).parallel).world_size for path in FILES}
+    assert RANKS.items() <= found.items()
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith(("chain_sum", "countdown"))], ids=name_of)
+def test_small_examples_need_nothing_but_the_base_run(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """On this machine only the base's checkpoint is missing, the tokenizer fits, and the task has enough problems."""
+    from r1_megatron.data.tasks import build_task
+    from r1_megatron.data.tokenizers import TASK_VOCAB_SIZE
+
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(path)
+    problems = validate_config(cfg)
+    if cfg.checkpoint.load is None:
+        assert problems == []
+    else:
+        base = load_config(ROOT / "examples" / f"{path.stem.split('_zero')[0]}_base.yaml")
+        assert cfg.checkpoint.load == f"{base.output_dir}/checkpoints/final"
+        assert len(problems) == 1 and problems[0].startswith("checkpoint.load")
+        assert (cfg.model, cfg.data, cfg.tokenizer) == (base.model, base.data, base.tokenizer)
+    assert cfg.model.vocab_size >= TASK_VOCAB_SIZE
+    data = cfg.data
+    task = build_task(data.source, data.task_options, data.num_train, data.num_eval, data.seed)
+    assert len(task.train) == data.num_train and len(task.eval) == data.num_eval
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_slurm_scripts_are_sound(path: Path):
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    subprocess.run([bash, "-n", str(path)], check=True, timeout=30)
+    text = path.read_text(encoding="utf-8")
+    nodes = int(re.search(r"^#SBATCH --nodes=(\d+)$", text, re.M)[1])  # type: ignore[index]
+    tasks = int(re.search(r"^#SBATCH --ntasks-per-node=(\d+)$", text, re.M)[1])  # type: ignore[index]
+    config = re.search(r"^config=(\S+)$", text, re.M)[1]  # type: ignore[index]
+    assert nodes * tasks == Topology.from_config(load_config(ROOT / config).parallel).world_size
+
+
+def test_slurm_script_starts_one_joining_task_per_gpu(tmp_path: Path):
+    """The script itself, with stand-ins for Slurm's commands: what each task runs, and with which environment."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/activate").write_text("")
+    commands = {
+        "scontrol": 'printf "node7\\nnode8\\n"',
+        # Two tasks in turn, as the last of 512 would see themselves.
+        "srun": 'while [ "${1#-}" != "$1" ]; do shift; done\nSLURM_PROCID=0 SLURM_LOCALID=0 "$@"\n'
+        'SLURM_PROCID=511 SLURM_LOCALID=7 "$@"',
+        "r1-megatron": 'echo "$MASTER_ADDR:$MASTER_PORT ${RANK-} ${LOCAL_RANK-} ${WORLD_SIZE-} |" "$@"',
+    }
+    for name, body in commands.items():
+        script = tmp_path / "bin" / name
+        script.write_text(f"#!{bash}\n: ${{MASTER_ADDR=}} ${{MASTER_PORT=}}\n{body}\n")
+        script.chmod(0o755)
+    result = subprocess.run(
+        [bash, str(ROOT / "slurm/r1_zero_671b.sh"), "train.steps=2", "sampling.stop=[a b]"],
+        env={
+            "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
+            "VENV": str(tmp_path / "venv"),
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            "SLURM_JOB_ID": "40123",
+            "SLURM_NTASKS": "512",
+            "SLURM_CPUS_PER_TASK": "12",
+        },
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    arguments = "slurm/r1_zero_671b.yaml train.steps=2 sampling.stop=[a b]"
+    assert result.stdout.splitlines() == [
+        f":    | explain {arguments}",
+        f"node7:20123 0 0 512 | train {arguments}",
+        f"node7:20123 511 7 512 | train {arguments}",
+    ]

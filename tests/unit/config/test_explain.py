@@ -1,0 +1,86 @@
+"""The arithmetic of `explain`, computed by hand for one run of each kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from r1_megatron.config.explain import explain
+from r1_megatron.config.load import load_config
+from r1_megatron.config.validate import check_config
+
+ROOT = Path(__file__).parents[3]
+
+
+def lines_of(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_grpo_on_five_hundred_ranks():
+    cfg = load_config(ROOT / "slurm/r1_zero_671b.yaml")
+    lines = lines_of(explain(cfg))
+    for expected in (
+        "r1_zero_671b: grpo on 512 ranks",
+        "dense layers tp(1) * pp(16) * cp(1) * dp(32) = 512 ranks",
+        "experts etp(1) * ep(32) * edp(1) = 32 ranks of each pipeline stage, 8 of 256 experts a rank",
+        "parameters 682,636,472,320 (683 B), of which 36.6 B work on a token",
+        "pp rank 0 embedding, layers 0-3; 3.26 B parameters a rank",
+        "pp ranks 1-14 4 layers each; 2.34 B parameters a rank",
+        "pp rank 15 layer 60, 1 MTP module, head and loss; 3.13 B parameters a rank",
+        "samples 512 prompts * 16 samples = 8,192",
+        "per dp rank 16 prompts, at most 256 samples of 8,388,608 tokens",
+        "tokens 8,192 samples * 32,768 = 268,435,456 at most",
+        # 576 * 2 * 4 * 64 * 32768 bytes = 9 * 2**30
+        "cache per rank (kv_lora 512 + rope 64) * 2 bytes * 4 layers * 64 sequences * 32,768 tokens = 9.0 GiB at most",
+        "minibatches 512 prompts / 16 = 32 prompts, 512 sequences",
+        "per dp rank 1 prompt a minibatch, 16 sequences at most",
+        "updates 16 minibatches * 1 epoch = 16 optimizer steps; 512 steps make 8,192",
+        "reference KL 0.001 to the starting policy, replaced every 25 steps = 400 updates",
+        "ratio clipped to [-9, 11] (the lower limit never binds), advantages (r - mean) / std, sequence_mean",
+    ):
+        assert expected in lines, explain(cfg)
+
+
+def test_uneven_deals_are_said(tmp_path: Path):
+    """6 prompts, 2 minibatches of 3, 2 ranks: one rank gets 2 + 2, the other 1 + 1."""
+    path = tmp_path / "run.yaml"
+    path.write_text("")
+    cfg = load_config(
+        path,
+        [
+            "rollout={prompts_per_step: 6, samples_per_prompt: 2, max_sequences: 3}",
+            "rl.num_minibatches=2",
+            "rl.inner_epochs=3",
+            "parallel={tensor_model_parallel_size: 2, data_parallel_size: 2, pipeline_model_parallel_size: 2}",
+            "parallel.virtual_pipeline_model_parallel_size=2",
+            "data.max_prompt_tokens=10",
+            "sampling.max_new_tokens=15",
+            "train={micro_batch_tokens: 60, lr_decay_style: cosine, lr_warmup_steps: 3}",
+        ],
+    )
+    check_config(cfg)
+    lines = lines_of(explain(cfg))
+    for expected in (
+        "interleaving vpp(2) model chunks on every pipeline rank",
+        "sequence parallel on, because tp > 1",
+        "pp rank 0 embedding, layers 0 + 2; 138 k parameters a rank",  # 130 * 64 + 32,976 + 96,464 = 137,760
+        "per dp rank 2 or 4 prompts, at most 8 samples of 200 tokens",
+        "in flight 3 sequences per dp rank (rollout.max_sequences=3)",
+        "cache per rank (kv_lora 32 + rope 16) * 4 bytes * 2 layers * 3 sequences * 25 tokens = 28.1 KiB at most",
+        "per dp rank 1 or 2 prompts a minibatch, 4 sequences at most",
+        "microbatches up to 60 tokens each: 2 per minibatch if all are longest",
+        "updates 2 minibatches * 3 epochs = 6 optimizer steps; 100 steps make 600",
+        "learning rate 0.0001 after 3 warm-up steps, cosine to 0 over 100 steps",
+    ):
+        assert expected in lines, explain(cfg)
+
+
+@pytest.mark.parametrize("stage", ["sft", "evaluate", "grpo"])
+def test_every_stage_is_explained_in_aligned_columns(stage: str):
+    cfg = load_config(ROOT / "examples/chain_sum_base.yaml", [f"stage={stage}"])
+    text = explain(cfg)
+    assert text.startswith(f"chain_sum_base: {stage} on 2 ranks\n")
+    assert ("minibatches" in text) == (stage == "grpo") and ("rows" in text) == (stage == "sft")
+    columns = {len(line) - len(line[2:].split("  ", 1)[1].lstrip()) for line in text.splitlines() if line[:2] == "  "}
+    assert len(columns) == 1

@@ -1,0 +1,220 @@
+"""Contradictions: each is found, all are reported, and each message names the field and a way out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from r1_megatron.config.load import ConfigError, load_config
+from r1_megatron.config.schema import RunConfig
+from r1_megatron.config.validate import check_config, validate_config
+
+
+def config(*overrides: str, folder: Path) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text("", encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def test_the_defaults_are_fine():
+    assert validate_config(RunConfig()) == []
+    check_config(RunConfig(), world_size=1)
+
+
+def test_every_problem_is_raised_together(tmp_path: Path):
+    cfg = config("parallel.tensor_model_parallel_size=3", "train.lr=0", "sampling.temperature=0", folder=tmp_path)
+    with pytest.raises(ConfigError) as error:
+        check_config(cfg, world_size=2)
+    text = str(error.value)
+    for part in ("job has 2 ranks", "num_attention_heads(4) heads do not divide over tp(3)", "train.lr=0.0", "greedy"):
+        assert part in text
+    assert error.value.problems == validate_config(cfg, world_size=2)
+
+
+CASES = [
+    # ranges
+    (["train.steps=0"], r"train.steps=0 has to be at least 1"),
+    (["seed=-1"], r"^seed=-1 has to be at least 0"),
+    (["model.q_lora_rank=0"], r"model.q_lora_rank=0 has to be null or at least 1"),
+    (["rl.tis_cap=0"], r"rl.tis_cap=0.0 has to be null or greater than 0"),
+    (["sft.corrupt_fraction=1.5"], r"sft.corrupt_fraction=1.5 has to be between 0 and 1"),
+    (["model.layernorm_epsilon=0"], r"layernorm_epsilon=0.0 has to be greater than 0"),
+    # model
+    (["model.qk_pos_emb_head_dim=15"], r"has to be even"),
+    (["model.first_k_dense_replace=5"], r"first_k_dense_replace\(5\) exceeds model.num_layers\(4\)"),
+    (["model.moe_router_topk=9"], r"moe_router_topk\(9\) exceeds"),
+    (["model.moe_router_num_groups=null"], r"belong together"),
+    (["model.moe_router_num_groups=3"], r"num_moe_experts\(8\) does not divide into model.moe_router_num_groups\(3\)"),
+    (["model.moe_router_group_topk=5"], r"group_topk\(5\) exceeds model.moe_router_num_groups\(4\)"),
+    (["model.moe_router_topk=6", "model.moe_router_group_topk=2"], r"topk\(6\) experts do not fit"),
+    (["model.moe_router_topk=3"], r"topk\(3\) has to be a multiple"),
+    (["model.moe_router_topk=2"], r"= 1, but has to be 2: .* Set model.moe_router_topk=4"),
+    (["model.share_embeddings_and_output_weights=true", "model.mtp_num_layers=1"], r"not supported"),
+    # model on ranks
+    (
+        ["parallel.tensor_model_parallel_size=8"],
+        r"num_attention_heads\(4\) heads do not divide over tp\(8\): 4 % 8 = 4",
+    ),
+    (["parallel.tensor_model_parallel_size=4", "model.ffn_hidden_size=162"], r"ffn_hidden_size\(162\)"),
+    (["parallel.tensor_model_parallel_size=4", "model.moe_shared_expert_intermediate_size=50"], r"shared_expert"),
+    (["parallel.data_parallel_size=3", "parallel.expert_model_parallel_size=3"], r"num_moe_experts\(8\) do not divide"),
+    (
+        ["parallel.data_parallel_size=5", "parallel.expert_tensor_parallel_size=5"],
+        r"moe_ffn_hidden_size\(48\) does not divide over etp\(5\)",
+    ),
+    (["parallel.context_parallel_size=2"], r"context_parallel_size=2 is not supported: .* keep every sequence whole"),
+    (["parallel.virtual_pipeline_model_parallel_size=2"], r"vpp\(2\)"),
+    # batches
+    (["rl.num_minibatches=3"], r"prompts_per_step\(16\) does not divide into rl.num_minibatches\(3\): 16 % 3 = 1"),
+    (
+        ["rl.num_minibatches=8", "parallel.data_parallel_size=4"],
+        r"= 2 prompts per minibatch, fewer than parallel.data_parallel_size\(4\). Set rollout.prompts_per_step=32",
+    ),
+    (["rollout.samples_per_prompt=1"], r"advantage of a single one is 0"),
+    (["stage=sft", "sft.batch_size=1", "parallel.data_parallel_size=2"], r"sft.batch_size\(1\) has to be at least"),
+    (["rollout.pipeline_groups=9", "rollout.max_sequences=8"], r"max_sequences\(8\) is less than the 9 groups"),
+    (["parallel.pipeline_model_parallel_size=4", "rollout.max_sequences=2"], r"less than the 4 groups"),
+    # sampling
+    (["sampling.top_p=0"], r"top_p=0.0 has to be in \(0, 1\]"),
+    (["sampling.min_p=-0.1"], r"min_p=-0.1 has to be in \[0, 1\]"),
+    (["sampling.temperature=0"], r"temperature=0 is greedy"),
+    (["sampling.temperature=-1"], r"temperature=-1.0 has to be at least 0"),
+    (["sampling.max_new_tokens=4000"], r"\(256\) \+ sampling.max_new_tokens\(4000\) = 4256 tokens, but"),
+    (["sampling.stop=['']"], r"empty string"),
+    (["sampling.stop_token_ids=[1, 260]"], r"\[260\] are not in the vocabulary, 0 to 259"),
+    # rl
+    (["reward.terms=[]"], r"reward.terms is empty"),
+    (["reward.terms.1.function=' '"], r"reward.terms.1.function is empty"),
+    (["rl.clip_ratio_dual=0.9"], r"clip_ratio_dual=0.9 has to exceed 1"),
+    (["rl.kl_coef=0", "rl.reference_refresh_steps=5"], r"reference_refresh_steps=5 without a reference policy"),
+    (["rl.overlong=penalty", "rl.overlong_buffer_tokens=65"], r"between 1 and sampling.max_new_tokens \(64\)"),
+    # optimizer
+    (["train.adam_beta2=1"], r"adam_beta2=1.0 has to be in \[0, 1\)"),
+    (["train.min_lr=1"], r"train.min_lr\(1\) exceeds train.lr\(0.0001\)"),
+    (["train.lr_warmup_steps=100"], r"lr_warmup_steps\(100\) has to be less than train.steps\(100\)"),
+    (["train.lr_warmup_steps=9", "train.lr_decay_steps=9"], r"less than train.lr_decay_steps\(9\)"),
+    (["train.overlap_param_gather=true"], r"which is true, and train.overlap_grad_reduce, which is false"),
+    # recompute
+    (["train.recompute_granularity=full"], r"needs train.recompute_method"),
+    (["train.recompute_method=uniform"], r"recompute_method=uniform belongs to .*=full, which is null"),
+    (
+        ["train.recompute_granularity=full", "train.recompute_method=block", "train.recompute_num_layers=5"],
+        r"recompute_num_layers\(5\) exceeds the 4 layers",
+    ),
+    (["train.recompute_granularity=selective"], r"selective needs recompute_modules"),
+    (["train.recompute_modules=[moe]"], r"belongs to train.recompute_granularity=selective, which is null"),
+    (
+        ["train.recompute_granularity=selective", "train.recompute_modules=[moe, attention]"],
+        r"\['attention'\] are not among core_attn",
+    ),
+    (
+        ["train.recompute_granularity=selective", "train.recompute_modules=[layernorm, core_attn]"],
+        r"\['layernorm', 'core_attn'\] need Transformer Engine",
+    ),
+    # data and files
+    (["data.source=jsonl", "tokenizer.kind=huggingface"], r"needs data.path"),
+    (["data.source=jsonl", "tokenizer.kind=huggingface"], r"eval_path is null, .* or set evaluate.num_prompts=0"),
+    (["data.source=jsonl", "data.label_key=prompt"], r"three different names"),
+    (["tokenizer.kind=huggingface"], r"needs tokenizer.path, a folder"),
+    (["tokenizer.kind=sentencepiece", "tokenizer.path=none.model"], r"tokenizer.path: none.model does not exist"),
+    (["tokenizer.path=x"], r"built into the run folder"),
+    (["data.source=countdown"], r"Set tokenizer.kind=countdown"),
+    (["data.path=x"], r"data.path is set, but data.source=chain_sum makes its own"),
+    (["evaluate.num_prompts=300"], r"exceeds the data.num_eval\(256\)"),
+    (["stage=evaluate"], r"needs checkpoint.load"),
+    (["checkpoint.load=nowhere"], r"checkpoint.load: nowhere does not exist \(seen from /"),
+    (["output_dir=''"], r"output_dir is empty"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), CASES, ids=[" ".join(case[0]) for case in CASES])
+def test_each_contradiction_is_named(tmp_path: Path, overrides: list[str], message: str):
+    problems = validate_config(config(*overrides, folder=tmp_path))
+    assert any(re.search(message, problem) for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.moe_router_num_groups=null", "model.moe_router_group_topk=null", "model.moe_router_topk=3"],
+        ["model.moe_router_group_topk=4", "model.moe_router_topk=4"],  # every group is chosen: no group score counts
+        ["stage=evaluate", "sampling.temperature=0", "checkpoint.load=."],
+        ["stage=sft", "rollout.samples_per_prompt=1", "rl.num_minibatches=3"],
+        ["rl.clip_ratio_low=10", "rl.clip_ratio_high=10"],
+        ["parallel.tensor_model_parallel_size=4", "model.vocab_size=261"],  # padded
+        ["model.mtp_num_layers=1"],
+        ["train.bf16=true"],
+        ["train.recompute_granularity=selective", "train.recompute_modules=[mla_up_proj, mlp, moe, shared_experts]"],
+        [
+            "parallel.device=cuda",
+            "train.recompute_granularity=selective",
+            "train.recompute_modules=[core_attn, layernorm, moe_act]",
+        ],
+        [
+            "parallel.pipeline_model_parallel_size=2",
+            "train.recompute_granularity=full",
+            "train.recompute_method=uniform",
+            "train.recompute_num_layers=2",
+        ],
+        ["train.overlap_param_gather=true", "train.overlap_grad_reduce=true"],
+    ],
+    ids=" ".join,
+)
+def test_what_fits_together_is_accepted(tmp_path: Path, overrides: list[str]):
+    assert validate_config(config(*overrides, folder=tmp_path)) == []
+
+
+def test_files_are_only_asked_for_on_the_machine_that_runs(tmp_path: Path):
+    (tmp_path / "prompts.jsonl").write_text("{}", encoding="utf-8")
+    cfg = config(
+        "data.source=jsonl",
+        f"data.path={tmp_path / 'prompts.jsonl'}",
+        f"data.eval_path={tmp_path}",
+        "tokenizer.kind=huggingface",
+        "tokenizer.path=no/tokenizer",
+        f"checkpoint.load={tmp_path / 'prompts.jsonl'}",
+        f"output_dir={tmp_path / 'prompts.jsonl'}",
+        "telemetry.wandb_project=p",
+        folder=tmp_path,
+    )
+    problems = "\n".join(validate_config(cfg))
+    assert "is a folder; a JSONL file is needed" in problems
+    assert "tokenizer.path: no/tokenizer does not exist" in problems
+    assert "checkpoint.load" in problems and "a checkpoint is a folder" in problems
+    assert "output_dir" in problems and "a folder is needed" in problems
+    assert validate_config(cfg, check_files=False) == []
+
+
+def test_missing_wandb_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cfg = config("telemetry.wandb_project=p", folder=tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'r1_megatron[track]'" in validate_config(cfg)[0]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert validate_config(cfg) == []
+
+
+def numeric_fields(cfg: object, prefix: str = "") -> list[str]:
+    found = []
+    for field in fields(cfg):  # type: ignore[arg-type]
+        value = getattr(cfg, field.name)
+        if is_dataclass(value):
+            found += numeric_fields(value, f"{prefix}{field.name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append(prefix + field.name)
+    return found
+
+
+@pytest.mark.parametrize("name", numeric_fields(RunConfig()))
+def test_a_wild_number_never_crashes_validation_and_is_refused(name: str):
+    """Minus seven is wrong everywhere: each number of the schema is checked by somebody."""
+    *section, field = name.split(".")
+    cfg = RunConfig()
+    if section:
+        inner = getattr(cfg, section[0])
+        cfg = replace(cfg, **{section[0]: replace(inner, **{field: type(getattr(inner, field))(-7)})})
+    else:
+        cfg = replace(cfg, **{field: -7})
+    assert any(name in problem for problem in validate_config(cfg))
