@@ -58,9 +58,10 @@ def test_layouts_are_what_the_names_say():
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith(("chain_sum", "countdown"))], ids=name_of)
 def test_small_examples_need_nothing_but_the_base_run(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """On this machine only the base's checkpoint is missing, the tokenizer fits, and the task has enough problems."""
-    from r1_megatron.data.tasks import build_task
-    from r1_megatron.data.tokenizers import TASK_VOCAB_SIZE
+    """On this machine only the base's checkpoint is missing; vocabulary, prompts and traces fit the stated limits."""
+    from r1_megatron.data.demonstrations import task_demonstrations
+    from r1_megatron.data.prompts import build_prompts
+    from r1_megatron.data.tokenizers import build_tokenizer
 
     monkeypatch.chdir(tmp_path)
     cfg = load_config(path)
@@ -72,10 +73,13 @@ def test_small_examples_need_nothing_but_the_base_run(path: Path, monkeypatch: p
         assert cfg.checkpoint.load == f"{base.output_dir}/checkpoints/final"
         assert len(problems) == 1 and problems[0].startswith("checkpoint.load")
         assert (cfg.model, cfg.data, cfg.tokenizer) == (base.model, base.data, base.tokenizer)
-    assert cfg.model.vocab_size >= TASK_VOCAB_SIZE
-    data = cfg.data
-    task = build_task(data.source, data.task_options, data.num_train, data.num_eval, data.seed)
-    assert len(task.train) == data.num_train and len(task.eval) == data.num_eval
+    tokenizer = build_tokenizer(cfg.tokenizer)
+    assert cfg.model.vocab_size == tokenizer.vocab_size
+    train, held_out, task = build_prompts(cfg.data, tokenizer, cfg.model.vocab_size)
+    assert (len(train), len(held_out)) == (cfg.data.num_train, cfg.data.num_eval)
+    assert task is not None
+    for trace in task_demonstrations(task, task.train, 0, 200, cfg.data, tokenizer):
+        assert len(trace.tokens) - trace.prompt_len <= cfg.sampling.max_new_tokens
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)

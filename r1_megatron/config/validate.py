@@ -415,7 +415,7 @@ def _most_layers_in_a_chunk(cfg: RunConfig) -> int | None:
 def _data(cfg: RunConfig) -> Iterator[str]:
     d, t = cfg.data, cfg.tokenizer
     if d.source == "jsonl":
-        if d.path is None and cfg.stage != "evaluate":
+        if d.path is None:
             yield "data.source=jsonl needs data.path, a file with one JSON object per line."
         if d.eval_path is None and (cfg.stage == "evaluate" or (cfg.stage == "grpo" and cfg.evaluate.num_prompts)):
             yield (

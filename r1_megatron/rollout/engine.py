@@ -34,6 +34,7 @@ from r1_megatron.model.latent_attention import StepContext, gather_rows, pack_pr
 from r1_megatron.model.routing import chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rollout.cache import LatentCache
+from r1_megatron.rollout.pipeline import Pipeline
 from r1_megatron.rollout.sampler import check_sampling, group_gather, position_keys, request_key, sample_tokens
 from r1_megatron.rollout.scheduler import Lane, Request, StepPlan, split_lanes
 from r1_megatron.rollout.stopping import StopStrings
@@ -43,8 +44,6 @@ from r1_megatron.types import Prompt, Rollout
 SAMPLES_PER_PROMPT_LIMIT = 1 << 20
 # Coupled ranks ask each other every so many steps whether a lane still has work.
 AGREE_EVERY = 4
-# Gloo tells flows apart by tag; NCCL by communicator and order, see `_Pipeline`.
-_HIDDEN, _TOKENS = 1, 2
 
 
 def build_engine(cfg: RunConfig, chunks: Sequence[Any], groups: ProcessGroups, tokenizer: Tokenizer) -> Engine:
@@ -267,59 +266,14 @@ class _Clock:
         }
 
 
-class _Pipeline:
-    """Messages between the virtual stages of one pipeline.
-
-    Order keeps NCCL right, which has no tags: hidden states to the next rank travel on ``pp``; those from the last
-    rank back to the first (between two chunks) share ``token`` with the tokens, in one direction and in the order in
-    which the loop of `_Generation.run` sends and receives them.
-    """
-
-    def __init__(self, groups: ProcessGroups, num_chunks: int):
-        self.size, self.rank, self.num_chunks = groups.topology.pp, groups.pp_rank, num_chunks
-        self._groups, self._ranks = groups, groups.pipeline_ranks
-        self._sends: list[tuple[Any, torch.Tensor]] = []
-
-    def is_first(self, chunk: int) -> bool:
-        return chunk == 0 and self.rank == 0
-
-    def is_last(self, chunk: int) -> bool:
-        return chunk == self.num_chunks - 1 and self.rank == self.size - 1
-
-    def receive_hidden(self, hidden: torch.Tensor) -> None:
-        group = self._groups.pp if self.rank > 0 else self._groups.token
-        dist.recv(hidden, self._ranks[self.rank - 1], group=group, tag=_HIDDEN)
-
-    def send_hidden(self, hidden: torch.Tensor) -> None:
-        wraps = self.rank == self.size - 1
-        group = self._groups.token if wraps else self._groups.pp
-        self._send(hidden.contiguous(), self._ranks[0 if wraps else self.rank + 1], group, _HIDDEN)
-
-    def send_tokens(self, drawn: torch.Tensor) -> None:
-        for rank in self._ranks[:-1]:
-            self._send(drawn, rank, self._groups.token, _TOKENS)
-
-    def expect_tokens(self, drawn: torch.Tensor) -> Any:
-        return dist.irecv(drawn, self._ranks[-1], group=self._groups.token, tag=_TOKENS)
-
-    def flush(self) -> None:
-        for work, _ in self._sends:
-            work.wait()
-        self._sends.clear()
-
-    def _send(self, tensor: torch.Tensor, rank: int, group: dist.ProcessGroup, tag: int) -> None:
-        self._sends = [entry for entry in self._sends if not entry[0].is_completed()]
-        self._sends.append((dist.isend(tensor, rank, group=group, tag=tag), tensor))
-
-
 @dataclass
 class _Flight:
     """A lane on its way: the step it is in, and the tokens it waits for."""
 
     lane: Lane
-    plan: StepPlan | None = None
-    step: StepContext | None = None
-    token_ids: torch.Tensor | None = None
+    plan: StepPlan = field(init=False)
+    step: StepContext = field(init=False)
+    token_ids: torch.Tensor = field(init=False)
     hidden: torch.Tensor | None = None  # between two chunks where one rank holds the whole pipeline
     arriving: tuple[Any, torch.Tensor] | None = None
     num_steps: int = 0
@@ -343,7 +297,7 @@ class _Generation:
         self.groups, self.config, self.device = engine.groups, engine.config, engine.groups.device
         self.cache, (self.cos, self.sin) = engine._cache, engine._rotary
         self.flights = [_Flight(lane) for lane in lanes]
-        self.pipeline = _Pipeline(self.groups, len(engine.chunks))
+        self.pipeline = Pipeline(self.groups, len(engine.chunks))
         self.clock = _Clock()
         self.stop_tokens = stop_tokens
         self.stop_strings = StopStrings(engine.tokenizer, sampling.stop) if sampling.stop else None
@@ -436,8 +390,7 @@ class _Generation:
             chunk.decoder.set_input_tensor(received)
             self.clock.charge("wait")
         hidden = chunk.decoder(hidden_states=hidden, attention_mask=None, inference_context=step)
-        if self.cache.routing is not None:
-            self._record_routing(number, step)
+        self._record_routing(number, step)
         if number == len(self.engine.chunks) - 1:
             self.cache.copy(plan.copies_after)
             self.clock.num_tokens_fed += len(plan.tokens)
@@ -521,12 +474,12 @@ class _Generation:
         return self.engine.tokenizer.decode([token for token in response if token < known])
 
     def _record_routing(self, number: int, step: StepContext) -> None:
-        """Keep the experts that this chunk's routers just chose, in the rows of the tokens' cache slots."""
-        routers = self.engine._routers[number]
+        """If asked for, keep the experts that this chunk's routers just chose, in the rows of the tokens' slots."""
+        routers, record = self.engine._routers[number], self.cache.routing
         num_tokens = step.num_decode + step.num_prompt_tokens
-        if not routers:
+        if not routers or record is None:
             return
-        experts = torch.stack([router.router_replay.recorded for router in routers], 1).to(self.cache.routing.dtype)
+        experts = torch.stack([router.router_replay.recorded for router in routers], 1).to(record.dtype)
         if self.num_shards > 1:
             experts = gather_rows(experts, self.groups.tp)
         self.cache.record_routing(step.cache_rows, self.first_router[number], experts[:num_tokens])

@@ -227,19 +227,19 @@ class Lane:
                 )
             )
         num_left = num_live - len(finished)
-        holes = np.flatnonzero(done[:num_left])
-        movers = num_left + np.flatnonzero(~done[num_left:])
+        holes = np.flatnonzero(done[:num_left]).tolist()
+        movers = (num_left + np.flatnonzero(~done[num_left:])).tolist()
         for array in (self._tokens, self._logprobs, self._length, self._limit, self._key):
             array[holes] = array[movers]
         for hole, mover in zip(holes, movers):
             self.live[hole] = self.live[mover]
         del self.live[num_left:]
         # The newest token is not in the cache yet.
-        copies = [self._copy(mover, hole, self._length[hole] - 1) for hole, mover in zip(holes, movers)]
+        copies = [self._copy(mover, hole, int(self._length[hole]) - 1) for hole, mover in zip(holes, movers)]
         return finished, copies
 
     def _copy(self, source: int, target: int, length: int) -> Copy:
-        return Copy(self.first_slot + int(source), self.first_slot + int(target), int(length))
+        return Copy(self.first_slot + source, self.first_slot + target, length)
 
 
 def split_lanes(

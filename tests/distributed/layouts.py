@@ -36,3 +36,92 @@ LAYOUTS = {
     "tp2pp2ep2": layout(tp=2, pp=2, ep=2),
     "eight": layout(tp=2, pp=2, vpp=2, ep=2, dp=2),
 }
+LAYOUTS["tp2dp2ep4"] = layout(tp=2, dp=2, ep=4)
+
+# Which checks of train_checks.py run on which layout: the gradients everywhere, the rest where it could break.
+PLAN = {
+    "one": (
+        "gradients",
+        "rope",
+        "full_rank_query",
+        "mtp",
+        "mtp_left_alone",
+        "aux_loss",
+        "recompute",
+        "packing",
+        "logprobs",
+        "router_replay",
+        "grpo",
+        "trajectory",
+        "trajectory_plain",
+        "balancing_bias",
+        "nonfinite",
+        "nonfinite_stop",
+        "bf16",
+    ),
+    "dp2": (
+        "gradients",
+        "one_rank_has_no_sample",
+        "aux_loss",
+        "packing",
+        "trajectory",
+        "trajectory_overlapped",
+        "balancing_bias",
+        "nonfinite",
+        "nonfinite_stop",
+    ),
+    "tp2": (
+        "gradients",
+        "mtp",
+        "aux_loss",
+        "recompute",
+        "packing",
+        "logprobs",
+        "grpo",
+        "trajectory",
+        "balancing_bias",
+    ),
+    "pp2": (
+        "gradients",
+        "mtp",
+        "mtp_left_alone",
+        "packing",
+        "logprobs",
+        "router_replay",
+        "grpo",
+        "trajectory",
+        "trajectory_overlapped",
+        "nonfinite",
+    ),
+    "pp2vpp2": (
+        "gradients",
+        "mtp",
+        "aux_loss",
+        "recompute",
+        "logprobs",
+        "router_replay",
+        "trajectory",
+        "nonfinite_stop",
+    ),
+    "ep2": (
+        "gradients",
+        "one_rank_has_no_sample",
+        "aux_loss",
+        "recompute",
+        "router_replay",
+        "trajectory",
+        "trajectory_overlapped",
+        "balancing_bias",
+        "nonfinite",
+    ),
+    "tp2ep2": ("gradients", "mtp", "router_replay", "trajectory", "balancing_bias", "balancing_counts", "bf16"),
+    "tp2etp2": ("gradients",),
+    "tp2dp2ep4": ("gradients", "one_rank_has_no_sample", "trajectory"),
+    "tp2pp2ep2": ("gradients", "aux_loss", "recompute", "logprobs", "router_replay", "grpo", "trajectory", "nonfinite"),
+    "eight": ("gradients", "mtp", "logprobs", "router_replay", "trajectory_overlapped", "bf16"),
+}
+
+
+def with_check(check: str) -> list[str]:
+    """The layouts whose plan has this check."""
+    return [name for name, checks in PLAN.items() if check in checks]

@@ -51,9 +51,7 @@ def write_references(path: Path) -> None:
         "grpo": _grpo(tiny),
         "trajectory": asdict(o.adamw_trajectory(tiny, batch, ADAMW)),
         "updated_bias": _updated_bias(tiny, natural.routing),
-        "logprobs": {
-            name: [_logprobs(models[name], tokens) for tokens in batch.tokens] for name in ("tiny", "other")
-        },
+        "logprobs": {name: [_logprobs(models[name], tokens) for tokens in batch.tokens] for name in ("tiny", "other")},
         "batch": {"tokens": batch.tokens, "weights": batch.weights},
         "weights": {name: model.weights() for name, model in models.items()},
     }

@@ -70,7 +70,9 @@ class Bench:
         assert reload is not None
         reload()
 
-    def samples(self, routing: list[list[torch.Tensor]] | None = None, columns: Sequence[int] = ()) -> list[TrainSample]:
+    def samples(
+        self, routing: list[list[torch.Tensor]] | None = None, columns: Sequence[int] = ()
+    ) -> list[TrainSample]:
         """The batch as samples; ``columns``: which MoE layers' experts go with them."""
         batch = self.references["batch"]
         out = []
@@ -486,9 +488,7 @@ def bf16(bench: Bench) -> Answer:
     answer = gradients_of(policy, samples, expected)
     found = policy.logprobs(samples, 1.0)
     position = {sample.tokens.tobytes(): i for i, sample in enumerate(bench.samples())}
-    gaps = [
-        np.abs(got[:-1] + expected["nll"][position[s.tokens.tobytes()]].numpy()) for got, s in zip(found, samples)
-    ]
+    gaps = [np.abs(got[:-1] + expected["nll"][position[s.tokens.tobytes()]].numpy()) for got, s in zip(found, samples)]
     answer["nll_error_mean"] = float(np.concatenate(gaps).mean()) if gaps else 0.0
     answer["nll_error_max"] = float(np.concatenate(gaps).max()) if gaps else 0.0
     squares, norms = 0.0, 0.0
@@ -501,14 +501,51 @@ def bf16(bench: Bench) -> Answer:
     return answer
 
 
-def initial_weights(bench: Bench) -> Answer:
-    """The random initial weights of this rank, put into whole tensors (zero where another rank has them)."""
-    policy = build_policy(replace(bench.config(TINY_MTP), seed=77), bench.groups)
-    out = {}
+def initial_weights(parallel: ParallelConfig, path: str) -> Answer:
+    """Random initial weights: one rank alone writes them to ``path``, the ranks of a layout compare theirs with them.
+
+    The vocabulary is padded by some layouts only: padded rows are nobody's.
+    """
+    groups = build_process_groups(parallel)
+    policy = build_policy(RunConfig(model=TINY_MTP, parallel=parallel, train=NORMAL, seed=77), groups)
+    parameters = [p for chunk in policy.chunks for p in global_parameters(chunk, groups, biases=True)]
+    if dist.get_world_size() == 1:
+        torch.save({p.name: p.tensor.detach() for p in parameters}, path)
+    whole = torch.load(path, weights_only=True)
+    different = []
+    for p in parameters:
+        expected = whole[p.name]
+        padding = p.global_shape[0] - expected.shape[0]
+        if padding:
+            expected = torch.cat([expected, expected.new_zeros(padding, *expected.shape[1:])])
+        rows = p.tensor.shape[0] - (padding if p.shard == p.shards - 1 else 0)
+        if not torch.equal(p.tensor[:rows], p.shard_of(expected)[:rows]):
+            different.append(p.name)
+    return {"different": different, "names": [p.name for p in parameters]}
+
+
+def nonfinite_written(bench: Bench) -> Answer:
+    """One step with a NaN gradient on one rank: was it taken, and are the parameters still finite?"""
+    policy = bench.policy(bench.config(TINY, _optimizer_config(on_nonfinite="skip")))
+    batch = policy.pack(bench.mine(bench.samples()), 1)
+    result = train_step(policy, batch, _spoil(bench, batch, gradient=True), 16)
+    parameters = [p.tensor for c in policy.chunks for p in global_parameters(c, bench.groups)]
+    return {"updated": result.updated, "finite": all(bool(torch.isfinite(p).all()) for p in parameters)}
+
+
+def balancing_counts(bench: Bench) -> Answer:
+    """How many (token, expert) choices this rank's routers counted in a step; three MoE layers, topk 4."""
+    policy = bench.policy(bench.config(replace(TINY, moe_router_bias_update_rate=1e-3)))
     for chunk in policy.chunks:
-        for p in global_parameters(chunk, bench.groups, biases=True):
-            out[p.name] = (p.global_shape, p.shards, p.shard, p.tensor.detach().clone())
-    return {"tensors": out}
+        chunk.config.finalize_model_grads_func = None  # it would reset the counts
+    batch = policy.pack(bench.mine(bench.samples()), 1)
+    backward(policy, batch)
+    routers = [router for chunk in policy.chunks for router in all_routers(chunk)]
+    counted = torch.tensor([float(sum(router.local_tokens_per_expert.sum() for router in routers))])
+    dist.all_reduce(counted)
+    real = sum(len(sample.tokens) for sample in bench.samples())
+    padding = sum(m.tokens.shape[1] - m.num_tokens for m in batch.microbatches)
+    return {"counted": int(counted), "expected": real * TINY.moe_router_topk * 3, "padding": padding}
 
 
 CHECKS: dict[str, Callable[[Bench], Answer]] = {
@@ -532,6 +569,8 @@ CHECKS: dict[str, Callable[[Bench], Answer]] = {
         balancing_bias,
         nonfinite,
         nonfinite_stop,
+        nonfinite_written,
+        balancing_counts,
         bf16,
     )
 }

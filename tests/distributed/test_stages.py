@@ -1,0 +1,430 @@
+"""Whole stages on several ranks: no layout changes the answer, and whatever goes wrong says so."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from r1_megatron.config.schema import RewardTermConfig
+from r1_megatron.telemetry.run_folder import last_checkpoint
+from tests.distributed.layouts import LAYOUTS, layout, world_size
+from tests.rank_pool import RankError, RankPool
+
+STAGES = "tests.distributed.stage_checks"
+TP2PP2 = layout(tp=2, pp=2)
+
+# Everything GRPO can do, in one run.
+EVERYTHING = {
+    "rl": {
+        "num_minibatches": 2,
+        "inner_epochs": 2,
+        "kl_coef": 0.05,
+        "reference_refresh_steps": 2,
+        "tis_cap": 2.0,
+        "clip_ratio_high": 0.28,
+        "clip_ratio_dual": 3.0,
+        "entropy_coef": 0.01,
+        "aggregation": "sequence_mean",
+        "advantage_normalization": "none",
+        "zero_variance_groups": "drop",
+    },
+    "rollout": {"router_replay": True},
+    "sampling": {"temperature": 0.8, "top_p": 0.95},
+}
+OPTIONS = {"plain": {}, "everything": EVERYTHING}
+PARALLEL = {name: LAYOUTS[name] for name in ("dp2", "ep2", "tp2", "pp2", "pp2vpp2")} | {"tp2pp2": TP2PP2}
+# Not the policy's doing: clocks and memory, and noise around zero.
+OTHER = ("time", "timing_s/", "perf/", "rollout/", "training/", "actor/ppo_kl", "nonfinite")
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Runs:
+    """Runs of this module by name and layout, each made once."""
+
+    def __init__(self, ranks: RankPool, folder: Path):
+        self._ranks, self._folder, self._done = ranks, folder, {}
+
+    def grpo(self, options: str, name: str) -> tuple[list[dict], list[dict[int, list[int]]]]:
+        """Rows of ``metrics.jsonl`` and, per step, the tokens of all replicas' samples."""
+        if (options, name) not in self._done:
+            parallel = LAYOUTS["one"] if name == "one" else PARALLEL[name]
+            folder = self._folder / f"{options}_{name}"
+            drawn = self._ranks.run(
+                f"{STAGES}:run_grpo",
+                world_size(parallel),
+                timeout_s=300.0,
+                folder=str(folder),
+                parallel=parallel,
+                sections=OPTIONS[options],
+            )
+            samples: list[dict[int, list[int]]] = [{} for _ in drawn[0]]
+            for rank in drawn:
+                for step, mine in zip(samples, rank):
+                    assert all(step.setdefault(request, tokens) == tokens for request, tokens in mine.items())
+            self._done[options, name] = rows_of(folder), samples
+        return self._done[options, name]
+
+
+@pytest.fixture(scope="module")
+def runs(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(ranks, tmp_path_factory.mktemp("runs"))
+
+
+# ------------------------------------------------------------------------------------- parallelism changes no answer
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_one_rank_does_what_the_options_say(runs: Runs, options: str) -> None:
+    rows, samples = runs.grpo(options, "one")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [len(step) for step in samples] == [16, 16, 16]
+    updates = 4 if options == "everything" else 1
+    for row in rows:
+        assert row["train/updates"] == updates and row["train/skipped_updates"] == 0
+        assert row["training/rollout_probs_diff_max"] <= 1e-4
+        assert row["critic/rewards/min"] < row["critic/rewards/max"]
+        assert row["response_length/min"] < row["response_length/max"] <= 12
+        assert row["actor/grad_norm"] > 0 and row["actor/entropy"] > 1
+    rates = [row["actor/lr"] for row in rows]
+    assert rates[0] > rates[1] > rates[2] > 0
+    if options == "everything":
+        # The reference is where the run started, until it is replaced after step 2.
+        assert rows[1]["actor/kl"] > rows[0]["actor/kl"] > 0 and rows[2]["actor/kl"] < rows[1]["actor/kl"]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", PARALLEL)
+def test_no_layout_changes_the_answer(runs: Runs, options: str, name: str) -> None:
+    """Same samples, token by token, in every step, and the same numbers to rounding.
+
+    After an update the weights of two layouts differ in the last bits, so a draw that falls between two tokens to
+    1e-6 could go either way. With these seeds none does.
+    """
+    expected, expected_samples = runs.grpo(options, "one")
+    found, samples = runs.grpo(options, name)
+    assert samples == expected_samples
+    assert len(found) == len(expected)
+    for row, goal in zip(found, expected):
+        names = [key for key in goal if not key.startswith(OTHER)]
+        assert names == [key for key in row if not key.startswith(OTHER)]
+        assert {key: row[key] for key in names} == pytest.approx({key: goal[key] for key in names}, rel=1e-4, abs=1e-7)
+        assert row["training/rollout_probs_diff_max"] <= 1e-4
+
+
+def test_supervised_losses_do_not_depend_on_the_layout(ranks: RankPool, tmp_path: Path) -> None:
+    for name, parallel in {"one": LAYOUTS["one"], "tp2pp2": TP2PP2}.items():
+        ranks.run(f"{STAGES}:run_sft", world_size(parallel), folder=str(tmp_path / name), parallel=parallel)
+    one, four = rows_of(tmp_path / "one"), rows_of(tmp_path / "tp2pp2")
+    assert [row["step"] for row in one] == [1, 2, 3]
+    assert one[2]["train/loss"] < one[0]["train/loss"]
+    for key in ("train/loss", "sft/loss", "actor/grad_norm", "actor/lr", "num_tokens"):
+        assert [row[key] for row in four] == pytest.approx([row[key] for row in one], rel=1e-4)
+    assert all(row["train/skipped_updates"] == 0 for row in one)
+
+
+@pytest.mark.parametrize("name", ["one", "ep2"])
+def test_a_step_in_which_every_group_is_dropped_updates_nothing(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    parallel = LAYOUTS[name]
+    sections = {"rl": {"overlong": "keep", "zero_variance_groups": "drop", "kl_coef": 0.1}, "train": {"steps": 2}}
+    drawn = ranks.run(
+        f"{STAGES}:run_grpo", world_size(parallel), folder=str(tmp_path), parallel=parallel, sections=sections
+    )
+    assert len(drawn[0]) == 2
+    for row in rows_of(tmp_path):
+        assert row["rl/dropped_groups"] == 4
+        assert (row["train/updates"], row["train/skipped_updates"]) == (0, 0)
+        assert "train/loss" not in row
+    assert (tmp_path / "checkpoints/final/checkpoint.json").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------- NaN and Inf
+
+
+def spoil(ranks: RankPool, folder: Path, name: str, kind: str, on_nonfinite: str) -> list[dict]:
+    parallel = LAYOUTS[name]
+    options = {"folder": str(folder), "parallel": parallel, "kind": kind, "on_nonfinite": on_nonfinite}
+    answers = ranks.run(f"{STAGES}:nonfinite", world_size(parallel), timeout_s=120.0, **options)
+    for answer in answers:
+        assert answer["unchanged"] and answer["num_tensors"] > 100
+    return answers
+
+
+@pytest.mark.parametrize("kind", ["weights", "gradient", "parameter"])
+@pytest.mark.parametrize("name", ["one", "dp2", "pp2vpp2"])
+def test_nonfinite_numbers_end_the_run_and_are_named(ranks: RankPool, tmp_path: Path, name: str, kind: str) -> None:
+    answers = spoil(ranks, tmp_path, name, kind, "stop")
+    message = answers[0]["message"]
+    assert all(answer["message"] == message for answer in answers)
+    assert message.startswith("step 2: ")
+    if kind == "parameter":
+        assert "decoder.layers.2.self_attention.linear_proj.weight itself is not finite" in message
+    else:
+        assert f"in microbatch 1 of data-parallel rank {1 if name == 'dp2' else 0}, " in message
+    if kind == "gradient":
+        assert "the gradient of decoder.layers.2.self_attention.linear_proj.weight is not finite" in message
+    if kind == "weights":
+        assert "the loss is nan" in message and "first bad gradient: " in message
+    assert "train.on_nonfinite=skip" in message
+    assert [row["step"] for row in rows_of(tmp_path)] == [1]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("kind", ["weights", "gradient"])
+@pytest.mark.parametrize("name", ["one", "dp2", "pp2vpp2"])
+def test_nonfinite_numbers_can_be_skipped(ranks: RankPool, tmp_path: Path, name: str, kind: str) -> None:
+    """The step counts as skipped, and the learning rate goes on where it would have been."""
+    for answer in spoil(ranks, tmp_path, name, kind, "skip"):
+        assert answer["message"] is None and answer["versions"] == [1, 1, 2]
+    rows = rows_of(tmp_path)
+    assert [row["train/skipped_updates"] for row in rows] == [0, 1, 0]
+    assert [row["train/updates"] for row in rows] == [1, 0, 1]
+    rates = [row["actor/lr"] for row in rows]
+    assert rates[0] > rates[1] == rates[2]
+    assert rows[2]["actor/grad_norm"] > 0 and "nonfinite" not in rows[2]
+
+
+# -------------------------------------------------------------------------------------- rollout against training
+
+
+def test_a_difference_between_rollout_and_training_ends_the_run(ranks: RankPool, tmp_path: Path) -> None:
+    answers = ranks.run(
+        f"{STAGES}:failure_of_grpo",
+        2,
+        folder=str(tmp_path),
+        parallel=LAYOUTS["pp2"],
+        sections={"rl": {"probs_diff_limit": 1e-12}},
+    )
+    for kind, message in answers:
+        assert kind == "RolloutMismatchError"
+        assert "step 1: training/rollout_probs_diff_max=" in message
+        assert "rl.probs_diff_limit=1e-12" in message and "rollout.router_replay=true" in message
+    assert len(rows_of(tmp_path)) == 1
+
+
+def test_a_difference_between_rollout_and_training_may_only_warn(ranks: RankPool, tmp_path: Path) -> None:
+    sections = {"rl": {"probs_diff_limit": 1e-12, "on_probs_diff": "warn"}, "train": {"steps": 2}}
+    answers = ranks.run(
+        f"{STAGES}:failure_of_grpo", 1, folder=str(tmp_path), parallel=LAYOUTS["one"], sections=sections
+    )
+    assert answers == [("", "no error")]
+    assert all(row["training/rollout_probs_diff_max"] > 1e-12 for row in rows_of(tmp_path))
+    assert len(rows_of(tmp_path)) == 2
+
+
+def test_nan_is_above_every_limit() -> None:
+    from r1_megatron.stages.grpo import RolloutMismatchError, check_rollout_match
+
+    run = SimpleNamespace(cfg=SimpleNamespace(rl=SimpleNamespace(probs_diff_limit=1.0, on_probs_diff="stop")))
+    check_rollout_match(run, 1, {"training/rollout_probs_diff_max": 0.5})
+    check_rollout_match(run, 1, {})
+    with pytest.raises(RolloutMismatchError, match="step 4"):
+        check_rollout_match(run, 4, {"training/rollout_probs_diff_max": math.nan})
+
+
+def test_no_update_hides_the_nan_of_another() -> None:
+    from r1_megatron.stages.grpo import largest
+
+    assert math.isnan(largest([1.0, math.nan])) and math.isnan(largest([math.nan, 1.0]))
+    assert largest([1.0, 3.0, 2.0]) == 3.0
+
+
+# ------------------------------------------------------------------------------------------------------------ rewards
+
+PLUGINS = "tests.distributed.plugin_rewards"
+
+
+def reward(function: str, **options) -> dict:
+    return {"terms": (RewardTermConfig(f"{PLUGINS}:{function}"),), **options}
+
+
+@pytest.mark.parametrize(
+    "function, said",
+    [
+        ("raises", "raised KeyError: 'no such label'"),
+        ("answers_nan", "returned nan, expected a finite number"),
+        ("answers_too_few", "returned 0 values for 1 completions"),
+        ("hangs", "gave no answer within"),
+    ],
+)
+def test_a_reward_that_misbehaves_ends_the_run(ranks: RankPool, tmp_path: Path, function: str, said: str) -> None:
+    sections = {"reward": reward(function, timeout_s=2.0)}
+    [(kind, message)] = ranks.run(
+        f"{STAGES}:failure_of_grpo", 1, folder=str(tmp_path), parallel=LAYOUTS["one"], sections=sections
+    )
+    assert kind == "RewardError"
+    assert f"reward '{PLUGINS}:{function}'" in message and said in message
+    assert "at prompt " in message and "completion " in message
+    assert "set reward.on_error=zero" in message
+    assert rows_of(tmp_path) == []
+
+
+def test_a_reward_that_misbehaves_on_one_rank_of_two(ranks: RankPool, tmp_path: Path) -> None:
+    """The last pipeline stage grades. The other rank waits for it, and whoever started the ranks ends it."""
+    sections = {"reward": reward("raises", timeout_s=5.0)}
+    with pytest.raises(RankError) as caught:
+        ranks.run(
+            f"{STAGES}:run_grpo", 2, timeout_s=60.0, folder=str(tmp_path), parallel=LAYOUTS["pp2"], sections=sections
+        )
+    first = caught.value.failures[0]
+    assert (first.rank, first.type) == (1, "RewardError")
+
+
+def test_rewards_that_fail_can_count_zero(ranks: RankPool, tmp_path: Path) -> None:
+    sections = {"reward": reward("dislikes_odd_lengths", on_error="zero"), "rl": {"overlong": "keep"}}
+    parallel = LAYOUTS["dp2"]
+    ranks.run(f"{STAGES}:run_grpo", 2, folder=str(tmp_path), parallel=parallel, sections=sections)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert all(sample["reward"] == (len(sample["response"]) + 1) % 2 for sample in samples)
+    for row in rows_of(tmp_path):
+        assert 0 < row["reward/failed"] < 16
+        assert row["reward/failed"] == pytest.approx(16 * (1 - row["critic/rewards/mean"]))
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+RESHARDED = [
+    ("tp2", "pp2vpp2"),
+    ("tp2", "ep2"),
+    ("tp2", "one"),
+    ("ep2", "tp2pp2ep2"),
+    ("pp2vpp2", "tp2etp2"),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory):
+    """Checkpoints by the layout that wrote them."""
+    folder = tmp_path_factory.mktemp("saved")
+
+    def get(name: str) -> str:
+        path = folder / name / "final"
+        if not path.exists():
+            ranks.run(
+                f"{STAGES}:save_named", world_size(LAYOUTS[name]), folder=str(path), parallel=LAYOUTS[name]
+            )
+        return str(path)
+
+    return get
+
+
+@pytest.mark.parametrize("written, read", RESHARDED)
+def test_a_checkpoint_is_read_under_another_layout(ranks: RankPool, saved, written: str, read: str) -> None:
+    """Bit for bit, every tensor of every rank, the selection biases included."""
+    answers = ranks.run(
+        f"{STAGES}:load_named", world_size(LAYOUTS[read]), folder=saved(written), parallel=LAYOUTS[read]
+    )
+    names = set()
+    for answer in answers:
+        assert answer["wrong"] == []
+        assert answer["description"] == {"step": 5, "stage": "sft", "policy_version": 5}
+        names.update(answer["names"])
+    assert sum("expert_bias" in name for name in names) == 3
+    assert {f"decoder.layers.3.mlp.experts.local_experts.{i}.linear_fc1.weight" for i in range(8)} <= names
+
+
+def test_a_checkpoint_is_never_overwritten(ranks: RankPool, tmp_path: Path) -> None:
+    folder = tmp_path / "final"
+    for kind, message in ranks.run(f"{STAGES}:save_twice", 2, folder=str(folder), parallel=LAYOUTS["dp2"]):
+        assert kind == "FileExistsError"
+        assert f"{folder} exists already. Choose another output_dir or remove it." in message
+    assert json.loads((folder / "checkpoint.json").read_text()) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_an_interrupted_save_is_never_taken_for_whole(ranks: RankPool, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "final"
+    [(kind, message)] = ranks.run(f"{STAGES}:interrupted_save", 1, folder=str(folder), parallel=LAYOUTS["one"])
+    assert kind == "FileNotFoundError"
+    assert f"checkpoint.load: {folder} was never finished (final.partial is all there is)" in message
+    assert last_checkpoint(tmp_path) is None
+
+
+@pytest.fixture(scope="module")
+def trained(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a real run."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    ranks.run(
+        f"{STAGES}:run_sft", 1, folder=str(folder), parallel=LAYOUTS["one"], sections={"train": {"steps": 1}}
+    )
+    return folder / "checkpoints/final"
+
+
+def copied(source: Path, folder: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(source, folder / "final"))
+
+
+def refused(ranks: RankPool, folder: Path, kind: str, model: dict | None = None, name: str = "one") -> str:
+    answers = ranks.run(
+        f"{STAGES}:failure_of_load",
+        world_size(LAYOUTS[name]),
+        folder=str(folder),
+        parallel=LAYOUTS[name],
+        model=model,
+    )
+    assert {answer[0] for answer in answers} == {kind}, answers
+    assert str(folder) in answers[0][1] and "checkpoint.load" in answers[0][1]
+    return answers[0][1]
+
+
+def test_the_checkpoint_of_a_run_loads(ranks: RankPool, trained: Path, tmp_path: Path) -> None:
+    folder = copied(trained, tmp_path)
+    parallel = LAYOUTS["ep2"]
+    assert ranks.run(f"{STAGES}:failure_of_load", 2, folder=str(folder), parallel=parallel) == [("", "no error")] * 2
+
+
+def test_a_folder_that_is_missing(ranks: RankPool, tmp_path: Path) -> None:
+    message = refused(ranks, tmp_path / "nowhere", "FileNotFoundError")
+    assert "does not exist. Run the stage that writes it first." in message
+
+
+def test_a_folder_that_is_no_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "final").mkdir()
+    message = refused(ranks, tmp_path / "final", "FileNotFoundError", name="dp2")
+    assert "has no checkpoint.json: it is no complete checkpoint" in message
+
+
+DAMAGES = {
+    "a data file is missing": lambda folder: next(folder.glob("*.distcp")).unlink(),
+    "a data file is cut": lambda folder: cut(next(folder.glob("*.distcp"))),
+    "the index is missing": lambda folder: (folder / ".metadata").unlink(),
+    "the index is cut": lambda folder: cut(folder / ".metadata"),
+    "the description is cut": lambda folder: cut(folder / "checkpoint.json"),
+}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint(ranks: RankPool, trained: Path, tmp_path: Path, damage: str) -> None:
+    folder = copied(trained, tmp_path)
+    DAMAGES[damage](folder)
+    message = refused(ranks, folder, "ValueError")
+    assert "damaged" in message and "Load an earlier checkpoint" in message
+
+
+@pytest.mark.parametrize(
+    "name, model",
+    [
+        ("one", {"hidden_size": 32}),
+        ("one", {"num_layers": 3}),  # every tensor it asks for is there: still another model
+        ("pp2", {"num_layers": 6}),
+        ("one", {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_num_groups": None, "moe_router_group_topk": None}),
+        ("one", {"q_lora_rank": None}),
+    ],
+    ids=["width", "fewer layers", "more layers", "fewer experts", "full-rank query"],
+)
+def test_the_checkpoint_of_another_model(ranks: RankPool, trained: Path, tmp_path: Path, name: str, model: dict) -> None:
+    message = refused(ranks, copied(trained, tmp_path), "ValueError", model, name)
+    field, value = next(iter(model.items()))
+    assert f"model.{field}={'null' if value is None else value}" in message
