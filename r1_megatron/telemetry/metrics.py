@@ -14,7 +14,8 @@ Names, where other trainers' dashboards have one, are theirs:
 ``actor/{ppo_kl,pg_clipfrac,entropy}``          old-policy KL, share of clipped tokens, mean entropy in nats
 ``actor/{grad_norm,lr}``                        before clipping; learning rate of the step
 ``response_length/{mean,max,clip_ratio}``       tokens; share of rollouts cut at ``max_new_tokens``
-``training/rollout_probs_diff_{mean,max}``      |training - rollout| log-probability of the sampled tokens, in nats
+``training/rollout_probs_diff_{mean,max}``      |training - rollout| probability of the sampled tokens
+``training/rollout_logprobs_diff_{mean,max}``   the same of their log-probabilities, in nats
 ``timing_s/{rollout,reward,annotate,train,...}`` seconds; ``timing_s/step`` is the whole step
 ``perf/throughput``                             tokens per second, all ranks together
 ``perf/tokens_per_second_per_gpu``              the same, per rank

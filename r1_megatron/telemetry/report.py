@@ -39,10 +39,10 @@ PANELS = (
     Panel("Response length, tokens", (("response_length/mean", "mean"), ("response_length/max", "longest"))),
     Panel("Cut at the length limit, share", (("response_length/clip_ratio", ""),)),
     Panel("Entropy, nats per token", (("actor/entropy", ""),)),
-    Panel("KL", (("actor/ppo_kl", "to the rollout's policy"), ("actor/kl_loss", "to the reference"))),
+    Panel("KL", (("actor/ppo_kl", "to the rollout's policy"), ("actor/kl", "to the reference"))),
     Panel(
         "Rollout against training, |Δ log-probability|",
-        (("training/rollout_probs_diff_max", "largest"), ("training/rollout_probs_diff_mean", "mean")),
+        (("training/rollout_logprobs_diff_max", "largest"), ("training/rollout_logprobs_diff_mean", "mean")),
         log=True,
     ),
     Panel("Clipped tokens, share", (("actor/pg_clipfrac", ""),)),
@@ -275,7 +275,7 @@ def _tiles(rows: Sequence[Row], launched: Row) -> str:
             num = 1 if metric.startswith("eval/") else min(5, len(values) // 2)
             first, last = sum(values[:num]) / num, sum(values[-num:]) / num
             tiles.append((label, f"{form.format(first)} → {form.format(last)}"))
-    diffs = [row["training/rollout_probs_diff_max"] for row in rows if row.get("training/rollout_probs_diff_max")]
+    diffs = [row["training/rollout_logprobs_diff_max"] for row in rows if row.get("training/rollout_logprobs_diff_max")]
     if diffs:
         tiles.append(("largest rollout/training log-prob. difference", f"{max(diffs):.1e}"))
     if launched:
