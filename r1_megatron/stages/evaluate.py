@@ -34,7 +34,7 @@ def evaluate_if_due(run: Run, step: int) -> None:
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Shares of held-out completions whose first reward term (accuracy) is at least 1, and that stopped by themselves."""
+    """Shares of held-out completions whose first reward term (accuracy) is at least 1, and that stopped."""
     prompts = run.held_out[: run.cfg.evaluate.num_prompts]
     if not prompts:
         return {}

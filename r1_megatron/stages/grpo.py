@@ -54,7 +54,7 @@ def run(cfg: RunConfig) -> None:
                 minibatches, dropped = assign(run, graded)
                 minibatches = annotate(run, minibatches)
             with run.log.clock("train"):
-                results = learn(run, minibatches, objective)
+                results = learn(run, step, minibatches, objective)
             metrics = step_metrics(run, graded, dropped, num_failed, minibatches, results)
             run.log.samples(step, sample_rows(run, graded))
             run.log.write(step, metrics)
@@ -131,15 +131,15 @@ def annotate(run: Run, minibatches: Sequence[Minibatch]) -> list[Minibatch]:
     return annotated
 
 
-def learn(run: Run, minibatches: Sequence[Minibatch], objective: PolicyObjective) -> list[StepResult]:
-    """One optimizer step per minibatch and inner epoch. A minibatch in which nothing is left to learn is passed over."""
+def learn(run: Run, step: int, minibatches: Sequence[Minibatch], objective: PolicyObjective) -> list[StepResult]:
+    """One optimizer step per minibatch and inner epoch. A minibatch with nothing left to learn is passed over."""
     results = []
     for _ in range(run.cfg.rl.inner_epochs):
         for samples, counts in minibatches:
             if counts.num_tokens == 0:
                 continue
             batch = run.policy.pack(samples, counts.num_tokens)
-            results.append(train_step(run.policy, batch, objective, counts.num_sequences))
+            results.append(train_step(run.policy, batch, objective, counts.num_sequences, step))
     return results
 
 
@@ -154,7 +154,6 @@ def step_metrics(run: Run, graded, num_dropped: int, num_failed: int, minibatche
     """The step in numbers, over all ranks."""
     mine = Metrics()
     if run.groups.is_replica_writer:
-        limit = run.cfg.sampling.max_new_tokens
         groups = [group for block in graded for group in block]
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         scores = [
@@ -186,7 +185,7 @@ def step_metrics(run: Run, graded, num_dropped: int, num_failed: int, minibatche
     metrics = mine.reduce(_gather).result()
     for name in sorted({name for result in results for name in result.metrics}):
         values = [result.metrics[name] for result in results]
-        metrics[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+        metrics[name] = largest(values) if name.endswith("_max") else sum(values) / len(values)
     if results:
         metrics["train/loss"] = sum(result.loss for result in results) / len(results)
     metrics["train/updates"] = float(sum(result.updated for result in results))
@@ -227,6 +226,11 @@ def check_rollout_match(run: Run, step: int, metrics: dict[str, float]) -> None:
         raise RolloutMismatchError(text)
     warnings.warn(text, stacklevel=2)
     run.log.note(f"warning: {text}")
+
+
+def largest(values: Sequence[float]) -> float:
+    """The maximum, NaN if there is one: a NaN must not pass for a small difference."""
+    return math.nan if any(math.isnan(value) for value in values) else max(values)
 
 
 def _advantages(minibatches: Sequence[Minibatch]) -> list[float]:

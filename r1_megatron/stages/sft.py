@@ -33,9 +33,14 @@ def run(cfg: RunConfig) -> None:
                 samples = [supervised_sample(row, num_tokens) for row in mine]
             with run.log.clock("train"):
                 packed = run.policy.pack(samples, num_tokens)
-                result = train_step(run.policy, packed, SupervisedObjective(), len(batch))
+                result = train_step(run.policy, packed, SupervisedObjective(), len(batch), step)
             tokens = sum(len(row.tokens) for row in batch)
-            metrics = result.metrics | {"train/loss": result.loss, "perf/total_num_tokens": float(tokens)}
+            metrics = result.metrics | {
+                "train/loss": result.loss,
+                "train/updates": float(result.updated),
+                "train/skipped_updates": float(not result.updated),
+                "perf/total_num_tokens": float(tokens),
+            }
             run.log.write(step, metrics)
             run.save_if_due(step)
         evaluate(run, cfg.train.steps)

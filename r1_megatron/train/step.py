@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -20,11 +22,14 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient was NaN or Inf; the message names step, microbatch, rank and parameter."""
 
 
-def train_step(policy: Policy, batch: StepBatch, objective: Objective, num_sequences: int) -> StepResult:
+def train_step(
+    policy: Policy, batch: StepBatch, objective: Objective, num_sequences: int, step: int | None = None
+) -> StepResult:
     """Minimise ``sum_t weights[t] * loss[t]`` by one step. Collective over all ranks.
 
     Args:
         num_sequences: real sequences of the step over all data-parallel ranks.
+        step: the run's step, for messages; by default the number of updates so far.
 
     Raises:
         NonFiniteError: with ``train.on_nonfinite = "stop"``; parameters are unchanged then.
@@ -49,7 +54,11 @@ def train_step(policy: Policy, batch: StepBatch, objective: Objective, num_seque
         for bias, before in biases:
             bias.copy_(before)
         if policy.cfg.train.on_nonfinite == "stop":
-            raise NonFiniteError(_diagnose(policy, batch, objective, num_sequences, loss))
+            where = _diagnose(policy, batch, objective, num_sequences, loss)
+            raise NonFiniteError(
+                f"step {policy.version if step is None else step}: {where}. Parameters are unchanged. Lower train.lr, "
+                "look at the samples of this step, or set train.on_nonfinite=skip to go on without such steps."
+            )
     metrics["actor/lr"] = learning_rate
     metrics["actor/grad_norm"] = float(grad_norm) if updated else math.nan
     return StepResult(loss=loss, grad_norm=metrics["actor/grad_norm"], updated=bool(updated), metrics=metrics)
@@ -60,7 +69,7 @@ def _selection_biases(policy: Policy) -> list[torch.Tensor]:
 
 
 def _reduce(policy: Policy, outputs: list[MicroBatchOutput]) -> tuple[float, dict[str, float]]:
-    """Loss and metrics of the step on every rank: summed over microbatches and data-parallel ranks, last stage to all."""
+    """Loss and metrics on every rank: summed over microbatches and data-parallel ranks, last stage to all."""
     groups = policy.groups
     last = policy.chunks[-1].post_process
     names: list[list[str]] = [[]]
@@ -90,41 +99,43 @@ def _reduce(policy: Policy, outputs: list[MicroBatchOutput]) -> tuple[float, dic
 
 
 def _diagnose(policy: Policy, batch: StepBatch, objective: Objective, num_sequences: int, loss: float) -> str:
-    """Run the microbatches one at a time, gradients left unreduced, and name the first one that goes wrong."""
+    """Where it went wrong first: a parameter, or a microbatch. These run again one at a time, gradients unreduced."""
+    itself = _first_bad(policy, lambda tensor: tensor)
+    for rank, name in enumerate(_from_all_ranks(itself)):
+        if name:
+            return f"{name} itself is not finite (seen on rank {rank})"
     config, groups = policy.chunks[0].config, policy.groups
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
     no_sync, config.no_sync_func = config.no_sync_func, None
-    found = None
     try:
-        for index, microbatch in enumerate(batch.microbatches):
+        with contextlib.ExitStack() as stack:
             for chunk in policy.wrapped:
-                chunk.zero_grad_buffer()
-            fillers = [_silent(microbatch)] * (policy.pipeline.count_multiple - 1)
-            outputs = train_pass(policy.pipeline, [microbatch, *fillers], objective, num_sequences)
-            bad_loss = [output.loss.item() for output in outputs if not torch.isfinite(output.loss)]
-            mine = None
-            if bad_loss:
-                mine = f"the loss is {bad_loss[0]}"
-            else:
-                name = _first_bad_gradient(policy)
-                if name is not None:
+                stack.enter_context(chunk.no_sync())
+            for index, microbatch in enumerate(batch.microbatches):
+                for chunk in policy.wrapped:
+                    chunk.zero_grad_buffer()
+                fillers = [_silent(microbatch)] * (policy.pipeline.count_multiple - 1)
+                outputs = train_pass(policy.pipeline, [microbatch, *fillers], objective, num_sequences)
+                bad_loss = [output.loss.item() for output in outputs if not torch.isfinite(output.loss)]
+                name = _first_bad(policy, lambda tensor: tensor.main_grad)
+                mine = None
+                if bad_loss:
+                    mine = f"the loss is {bad_loss[0]}, first bad gradient: {name or 'none'}"
+                elif name:
                     mine = f"the gradient of {name} is not finite"
-            everyone: list = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
-            # A bad loss comes before the bad gradients it causes on other ranks.
-            reports = [(not text.startswith("the loss"), rank, text) for rank, text in enumerate(everyone) if text]
-            if reports:
-                _, rank, text = min(reports)
-                dp_rank = rank // groups.topology.tp % groups.topology.dp
-                found = f"in microbatch {index} of data-parallel rank {dp_rank}, {text} (seen on rank {rank})"
-                break
+                # A bad loss comes before the bad gradients it causes on other ranks.
+                reports = [
+                    (not text.startswith("the loss"), rank, text)
+                    for rank, text in enumerate(_from_all_ranks(mine))
+                    if text
+                ]
+                if reports:
+                    _, rank, text = min(reports)
+                    dp_rank = rank // groups.topology.tp % groups.topology.dp
+                    return f"in microbatch {index} of data-parallel rank {dp_rank}, {text} (seen on rank {rank})"
     finally:
         config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
-    where = found or f"the summed loss is {loss}, though each microbatch by itself is finite: the reduction overflowed"
-    return (
-        f"step {policy.version}: {where}. Parameters are unchanged. Lower train.lr, look at the samples of this step, "
-        "or set train.on_nonfinite=skip to go on without such steps."
-    )
+    return f"the summed loss is {loss}, though each microbatch by itself is finite: the reduction overflowed"
 
 
 def _silent(microbatch: MicroBatch) -> MicroBatch:
@@ -142,9 +153,16 @@ def _silent(microbatch: MicroBatch) -> MicroBatch:
     )
 
 
-def _first_bad_gradient(policy: Policy) -> str | None:
+def _first_bad(policy: Policy, read: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
+    """Global name of this rank's first parameter of which ``read(parameter)`` is not finite."""
     for chunk in policy.chunks:
         for parameter in global_parameters(chunk, policy.groups):
-            if not torch.isfinite(parameter.tensor.main_grad).all():
+            if not torch.isfinite(read(parameter.tensor)).all():
                 return parameter.name
     return None
+
+
+def _from_all_ranks(text: str | None) -> list[str | None]:
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, text)
+    return everyone

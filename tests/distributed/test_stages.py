@@ -306,9 +306,7 @@ def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory):
     def get(name: str) -> str:
         path = folder / name / "final"
         if not path.exists():
-            ranks.run(
-                f"{STAGES}:save_named", world_size(LAYOUTS[name]), folder=str(path), parallel=LAYOUTS[name]
-            )
+            ranks.run(f"{STAGES}:save_named", world_size(LAYOUTS[name]), folder=str(path), parallel=LAYOUTS[name])
         return str(path)
 
     return get
@@ -350,9 +348,7 @@ def test_an_interrupted_save_is_never_taken_for_whole(ranks: RankPool, tmp_path:
 def trained(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a real run."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    ranks.run(
-        f"{STAGES}:run_sft", 1, folder=str(folder), parallel=LAYOUTS["one"], sections={"train": {"steps": 1}}
-    )
+    ranks.run(f"{STAGES}:run_sft", 1, folder=str(folder), parallel=LAYOUTS["one"], sections={"train": {"steps": 1}})
     return folder / "checkpoints/final"
 
 
@@ -419,12 +415,17 @@ def test_a_damaged_checkpoint(ranks: RankPool, trained: Path, tmp_path: Path, da
         ("one", {"hidden_size": 32}),
         ("one", {"num_layers": 3}),  # every tensor it asks for is there: still another model
         ("pp2", {"num_layers": 6}),
-        ("one", {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_num_groups": None, "moe_router_group_topk": None}),
+        (
+            "one",
+            {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_num_groups": None, "moe_router_group_topk": None},
+        ),
         ("one", {"q_lora_rank": None}),
     ],
     ids=["width", "fewer layers", "more layers", "fewer experts", "full-rank query"],
 )
-def test_the_checkpoint_of_another_model(ranks: RankPool, trained: Path, tmp_path: Path, name: str, model: dict) -> None:
+def test_the_checkpoint_of_another_model(
+    ranks: RankPool, trained: Path, tmp_path: Path, name: str, model: dict
+) -> None:
     message = refused(ranks, copied(trained, tmp_path), "ValueError", model, name)
     field, value = next(iter(model.items()))
     assert f"model.{field}={'null' if value is None else value}" in message
