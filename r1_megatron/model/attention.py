@@ -44,7 +44,7 @@ def packed_lengths(packed: PackedSeqParams) -> tuple[int, ...]:
 class CausalAttention(torch.nn.Module):
     """megatron-core's ``core_attention`` interface over the functions above; it has no parameters and keeps no mask.
 
-    Packed input is ``[T, N, K]`` and answers ``[T, N * V]``; unpacked is ``[S, B, N, K]`` and answers ``[S, B, N * V]``.
+    Packed input is ``[T, N, K]`` and answers ``[T, N * V]``; unpacked is ``[S, B, N, K]``, answering ``[S, B, N * V]``.
     """
 
     def __init__(
@@ -63,7 +63,8 @@ class CausalAttention(torch.nn.Module):
         super().__init__()
         assert config.context_parallel_size == 1, "this attention does not split sequences"
         assert not (attention_dropout or config.attention_dropout), "reinforcement learning runs without dropout"
-        self.softmax_scale = softmax_scale
+        # megatron-core builds this module twice and knows MLA's scale the second time.
+        self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / config.kv_channels**0.5
 
     def forward(
         self,

@@ -73,6 +73,8 @@ def global_parameters(chunk: torch.nn.Module, groups: ProcessGroups, biases: boo
         tensors += [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")]
     for local_name, tensor in tensors:
         name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{numbers[int(m[1])]}.", local_name)
+        if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"  # the last stage's copy
         for fused, plain in _TRANSFORMER_ENGINE_NAMES:
             name = re.sub(fused, plain, name)
         name = re.sub(r"local_experts\.(\d+)\.", lambda m: f"local_experts.{int(m[1]) + first_expert}.", name)

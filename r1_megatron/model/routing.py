@@ -84,7 +84,7 @@ class RouterReplay:
         elif self._plan is not None and self._plan.for_backward and not torch.is_grad_enabled():
             self._queue.append(self._plan)
 
-    def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
+    def get_replay_topk(self, scores, topk, num_groups, group_topk, default_compute_topk):
         plan = self.plan()
         if plan is not None and plan.experts is not None and self.column is not None:
             indices = plan.experts[:, self.column]
@@ -122,8 +122,9 @@ class PackedRouter(TopKRouter):
         """
         coefficient = self.get_aux_loss_coeff("seq_aux_loss")
         plan = self.router_replay.plan()
-        if coefficient == 0 or plan is None or plan.sequence_ids is None or plan.aux_loss_scale == 0:
+        if coefficient == 0 or plan is None or plan.aux_loss_scale == 0:
             return probs
+        assert plan.sequence_ids is not None and plan.sequence_lengths is not None
         num_sequences, rows = plan.sequence_lengths.shape[0], plan.num_tokens
         lengths = plan.sequence_lengths.to(scores_for_aux_loss.dtype)[:, None]
         counts_SE = scores_for_aux_loss.new_zeros(num_sequences, self.config.num_moe_experts)

@@ -1,1 +1,1 @@
-"""Ranks and devices: the layer that lets CPU/Gloo and CUDA/NCCL run the same code, and megatron-core's process groups."""
+"""Ranks and devices: what lets CPU/Gloo and CUDA/NCCL run the same code, process groups, the launcher."""

@@ -164,9 +164,10 @@ class _CpuTorch(types.ModuleType):
 
     def __init__(self):
         super().__init__("torch")
-        self.__dict__.update(torch.__dict__)
+        names = vars(self)
+        names.update(vars(torch))
         for name in ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_like", "arange"):
-            self.__dict__[name] = _on_cpu(getattr(torch, name))
+            names[name] = _on_cpu(getattr(torch, name))
 
     def __getattr__(self, name):  # torch's lazily imported submodules
         return getattr(torch, name)
@@ -184,7 +185,7 @@ def _on_cpu(factory):
 def _cpu_factories() -> None:
     cpu_torch = _CpuTorch()
     for name in _MODULES_WITH_CUDA_LITERALS:
-        importlib.import_module(name).torch = cpu_torch
+        setattr(importlib.import_module(name), "torch", cpu_torch)  # noqa: B010 (a module has no such field)
 
 
 def _cpu_random_states() -> None:
@@ -213,7 +214,7 @@ def _cpu_random_states() -> None:
 
 
 def _mend_missing_transformer_engine() -> None:
-    """0.16.1 believes in Transformer Engine in two places: ``isinstance(x, None)`` in MLA, a NameError in the router."""
+    """0.16.1 believes in Transformer Engine twice: ``isinstance(x, None)`` in MLA, a NameError in the router."""
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
@@ -239,7 +240,7 @@ def _uneven_collectives() -> None:
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def uneven_gather(input_, group=None, output_split_sizes=None, use_global_buffer=False):
-        if output_split_sizes is None:
+        if output_split_sizes is None or group is None:
             return gather(input_, group, output_split_sizes, use_global_buffer)
         copies = input_.contiguous().repeat(group.size(), *[1] * (input_.dim() - 1))
         output = input_.new_empty((sum(output_split_sizes), *input_.shape[1:]))
@@ -248,7 +249,7 @@ def _uneven_collectives() -> None:
         return output
 
     def uneven_reduce_scatter(input_, group=None, input_split_sizes=None, use_global_buffer=False):
-        if input_split_sizes is None:
+        if input_split_sizes is None or group is None:
             return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
         sizes = [int(size) for size in input_split_sizes]
         mine = sizes[group.rank()]
@@ -272,7 +273,7 @@ def _without_compiler() -> None:
         if not name.startswith("megatron.core") or module is None:
             continue
         if hasattr(module, "jit_fuser"):
-            module.jit_fuser = jit.noop_decorator
+            setattr(module, "jit_fuser", jit.noop_decorator)  # noqa: B010
         owners = [module, *(value for value in vars(module).values() if isinstance(value, type))]
         for owner in owners:
             for attribute, value in list(vars(owner).items()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from r1_megatron.config.schema import ParallelConfig
 from r1_megatron.parallel.device import install_device, resolve_device
 from r1_megatron.topology import Topology
 
-Group = dist.ProcessGroup
+Group: TypeAlias = torch.distributed.ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ProcessGroups:
         return self.tp_rank == 0 and self.pp_rank == self.topology.pp - 1
 
 
-def initialize_distributed(timeout_s: float = 1800.0, device: str = "auto") -> torch.device:
+def initialize_distributed(timeout_s: float = 1800.0, device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
     """Join the job's process group (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``) on this rank's device.
 
     A single process without these variables becomes a world of one.

@@ -121,6 +121,7 @@ def annotate(run: Run, minibatches: Sequence[Minibatch]) -> list[Minibatch]:
         old = run.policy.logprobs(samples, temperature)
         samples = [replace(sample, old_logprobs=values) for sample, values in zip(samples, old)]
     if rl.kl_coef:
+        assert run.policy.reference is not None, "refresh_reference() comes first"
         with run.policy.using(run.policy.reference):
             reference = run.policy.logprobs(samples, temperature, replay=False)
         samples = [replace(sample, reference_logprobs=values) for sample, values in zip(samples, reference)]

@@ -68,6 +68,7 @@ class DemonstrationStream:
         cfg = run.cfg
         self._rows: Sequence[Demonstration] | None = None
         if run.task is None:
+            assert cfg.data.path is not None
             self._rows = load_demonstrations(
                 cfg.data.path, cfg.data, run.tokenizer, cfg.model.vocab_size, cfg.model.max_position_embeddings
             )
@@ -77,6 +78,7 @@ class DemonstrationStream:
         data = self._run.cfg.data
         if self._rows is None:
             task, sft = self._run.task, self._run.cfg.sft
+            assert task is not None
             return task_demonstrations(
                 task,
                 task.train,

@@ -21,14 +21,19 @@ class Objective(Protocol):
     """``temperature`` and ``need_entropy`` say what the model's head has to compute; ``trains_mtp`` whether the
     multi-token-prediction heads learn from the step's weights."""
 
-    temperature: float
-    need_entropy: bool
-    trains_mtp: bool
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def need_entropy(self) -> bool: ...
+
+    @property
+    def trains_mtp(self) -> bool: ...
 
     def __call__(
         self, nll: torch.Tensor, entropy: torch.Tensor | None, batch: MicroBatch
     ) -> tuple[torch.Tensor, Metrics]:
-        """``nll`` and ``entropy`` are ``[1, T]``; answers the scalar loss and metrics (sums; maxima end in ``_max``)."""
+        """``nll``, ``entropy``: ``[1, T]``. Answers the scalar loss and metrics (sums; maxima end in ``_max``)."""
         ...
 
 

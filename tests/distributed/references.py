@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tests import oracle as o
-from tests.tiny import TINY, TINY_AUX, TINY_FULL_RANK_QUERY, TINY_MTP, TINY_ROPE
+from tests.tiny import TINY, TINY_AUX, TINY_FULL_RANK_QUERY, TINY_MTP, TINY_ROPE, TINY_TIED
 
 # Everything the GRPO loss can do, at once, and at a temperature.
 GRPO = o.GrpoOptions(0.2, 0.28, clip_ratio_dual=1.5, kl_coef=0.05, entropy_coef=0.01, tis_cap=1.2, temperature=0.7)
@@ -39,6 +39,7 @@ def write_references(path: Path) -> None:
         "rope": o.Oracle(TINY_ROPE),
         "full_rank_query": o.Oracle(TINY_FULL_RANK_QUERY),
         "mtp": o.Oracle(TINY_MTP),
+        "tied": o.Oracle(TINY_TIED),
     }
     share = TINY_AUX.moe_aux_loss_coeff / len(batch.tokens)
     answers: dict[str, Any] = {
@@ -46,6 +47,7 @@ def write_references(path: Path) -> None:
         "rope": _plain(o.weighted_nll(models["rope"], batch)),
         "full_rank_query": _plain(o.weighted_nll(models["full_rank_query"], batch)),
         "mtp": _plain(o.weighted_nll(models["mtp"], batch)),
+        "tied": _plain(o.weighted_nll(models["tied"], batch)),
         "aux": _plain(o.weighted_nll(tiny, batch, aux_weights=[share] * len(batch.tokens))),
         "replay": _plain(o.weighted_nll(tiny, batch, routing)),
         "grpo": _grpo(tiny),

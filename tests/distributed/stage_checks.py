@@ -53,7 +53,7 @@ BASE = RunConfig(
     rollout=RolloutConfig(prompts_per_step=4, samples_per_prompt=4, max_sequences=6),
     reward=RewardConfig(terms=(RewardTermConfig("format"),)),
     rl=RLConfig(overlong="penalty", overlong_buffer_tokens=12, kl_coef=0.0),
-    train=TrainConfig(steps=3, lr=1e-3, micro_batch_tokens=64, lr_decay_style="linear", lr_decay_steps=10),
+    train=TrainConfig(steps=3, lr=1e-4, micro_batch_tokens=64, lr_decay_style="linear", lr_decay_steps=10),
     sft=SFTConfig(batch_size=8, corrupt_fraction=0.3),
     evaluate=EvaluateConfig(num_prompts=0),
     telemetry=TelemetryConfig(tensorboard=False, num_samples=100, report="none"),

@@ -393,6 +393,7 @@ DAMAGES = {
     "a data file is cut": lambda folder: cut(next(folder.glob("*.distcp"))),
     "the index is missing": lambda folder: (folder / ".metadata").unlink(),
     "the index is cut": lambda folder: cut(folder / ".metadata"),
+    "the common part is cut": lambda folder: cut(folder / "common.pt"),
     "the description is cut": lambda folder: cut(folder / "checkpoint.json"),
 }
 
@@ -415,10 +416,7 @@ def test_a_damaged_checkpoint(ranks: RankPool, trained: Path, tmp_path: Path, da
         ("one", {"hidden_size": 32}),
         ("one", {"num_layers": 3}),  # every tensor it asks for is there: still another model
         ("pp2", {"num_layers": 6}),
-        (
-            "one",
-            {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_num_groups": None, "moe_router_group_topk": None},
-        ),
+        ("one", {"num_moe_experts": 4, "moe_router_num_groups": None, "moe_router_group_topk": None}),
         ("one", {"q_lora_rank": None}),
     ],
     ids=["width", "fewer layers", "more layers", "fewer experts", "full-rank query"],

@@ -25,7 +25,7 @@ from r1_megatron.train.policy import Policy, build_policy
 from r1_megatron.train.schedule import train_pass
 from r1_megatron.train.step import NonFiniteError, train_step
 from r1_megatron.types import MicroBatch, StepBatch, TrainSample
-from tests.tiny import TINY, TINY_AUX, TINY_FULL_RANK_QUERY, TINY_MTP, TINY_ROPE
+from tests.tiny import TINY, TINY_AUX, TINY_FULL_RANK_QUERY, TINY_MTP, TINY_ROPE, TINY_TIED
 
 # Several microbatches of several sequences each; a few microbatches are not full.
 MICRO_BATCH_TOKENS = 90
@@ -210,8 +210,21 @@ def full_rank_query(bench: Bench) -> Answer:
     return gradients_of(policy, bench.mine(bench.samples()), bench.references["full_rank_query"])
 
 
+def tied_embeddings(bench: Bench) -> Answer:
+    """One matrix as embedding and head, which pipelining puts on two ranks."""
+    policy = bench.policy(bench.config(TINY_TIED), "tied")
+    return gradients_of(policy, bench.mine(bench.samples()), bench.references["tied"])
+
+
 def mtp(bench: Bench) -> Answer:
     policy = bench.policy(bench.config(TINY_MTP), "mtp")
+    return gradients_of(policy, bench.mine(bench.samples()), bench.references["mtp"])
+
+
+def mtp_recomputed(bench: Bench) -> Answer:
+    """With every layer recomputed in the backward pass, the MTP layer too."""
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    policy = bench.policy(bench.config(TINY_MTP, replace(NORMAL, **full)), "mtp")
     return gradients_of(policy, bench.mine(bench.samples()), bench.references["mtp"])
 
 
@@ -404,6 +417,20 @@ def balancing_bias(bench: Bench) -> Answer:
     return {"error": gap, "routers": sum(len(chunk_routers(chunk)) for chunk in policy.chunks)}
 
 
+def learning_rates(bench: Bench) -> Answer:
+    """The learning rate of each of 12 steps, by decay style: 4 of warm-up, then 6 of decay, then the minimum."""
+    answer = {}
+    for style in ("constant", "linear", "cosine"):
+        train = replace(_optimizer_config(), lr_decay_style=style, lr_decay_steps=10, min_lr=1e-4)
+        policy = bench.policy(bench.config(TINY, train))
+        rates = []
+        for _ in range(12):
+            policy.scheduler.step(increment=1)
+            rates.append(policy.learning_rate)
+        answer[style] = rates
+    return answer
+
+
 @dataclass(frozen=True)
 class Spoiled(WeightedNll):
     """A finite loss with a NaN gradient (``gradient``), or a NaN loss, in one microbatch of one rank."""
@@ -555,7 +582,10 @@ CHECKS: dict[str, Callable[[Bench], Answer]] = {
         one_rank_has_no_sample,
         rope,
         full_rank_query,
+        tied_embeddings,
         mtp,
+        mtp_recomputed,
+        learning_rates,
         mtp_left_alone,
         aux_loss,
         recompute,
