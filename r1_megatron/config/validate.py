@@ -46,6 +46,7 @@ def validate_config(cfg: RunConfig, world_size: int | None = None, check_files: 
         *_model_on_ranks(cfg),
         *_batch(cfg),
         *_sampling(cfg),
+        *_reward(cfg),
         *_rl(cfg),
         *_optimizer(cfg),
         *_recompute(cfg),
@@ -305,15 +306,27 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
         )
 
 
-def _rl(cfg: RunConfig) -> Iterator[str]:
-    if cfg.stage == "sft":
-        return
-    rl = cfg.rl
+# Rewards of ours that read one task's labels only.
+_REWARD_OF_SOURCE = {"chain_sum": "accuracy", "countdown": "countdown"}
+
+
+def _reward(cfg: RunConfig) -> Iterator[str]:
+    """Every stage grades: supervised fine-tuning does at its end, on the held-out prompts."""
     if not cfg.reward.terms:
         yield "reward.terms is empty: name at least one reward function."
+    right = _REWARD_OF_SOURCE.get(cfg.data.source)
     for index, term in enumerate(cfg.reward.terms):
         if not term.function.strip():
             yield f"reward.terms.{index}.function is empty."
+        elif right is not None and term.function in set(_REWARD_OF_SOURCE.values()) - {right}:
+            yield (
+                f"reward.terms.{index}.function={term.function} cannot read the labels of data.source="
+                f"{cfg.data.source}. Use {right}."
+            )
+
+
+def _rl(cfg: RunConfig) -> Iterator[str]:
+    rl = cfg.rl
     if cfg.stage != "grpo":
         return
     if rl.clip_ratio_dual is not None and rl.clip_ratio_dual <= 1:

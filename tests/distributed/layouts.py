@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from r1_megatron.config.schema import ParallelConfig
 
 
@@ -37,6 +39,9 @@ LAYOUTS = {
     "eight": layout(tp=2, pp=2, vpp=2, ep=2, dp=2),
 }
 LAYOUTS["tp2dp2ep4"] = layout(tp=2, dp=2, ep=4)
+# One layer on the first rank, three on the last; and stages as Megatron's layout string says, MTP and loss by themselves.
+LAYOUTS["pp2_uneven"] = replace(layout(pp=2), num_layers_in_first_pipeline_stage=1)
+LAYOUTS["pp2_string"] = replace(layout(pp=2), pipeline_model_parallel_layout="Et|t|tt|mL")
 
 # Which checks of train_checks.py run on which layout: the gradients everywhere, the rest where it could break.
 PLAN = {

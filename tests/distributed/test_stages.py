@@ -119,8 +119,10 @@ def test_no_layout_changes_the_answer(runs: Runs, options: str, name: str) -> No
 
 
 def test_supervised_losses_do_not_depend_on_the_layout(ranks: RankPool, tmp_path: Path) -> None:
+    sections = {"train": {"lr": 3e-3}}
     for name, parallel in {"one": LAYOUTS["one"], "tp2pp2": TP2PP2}.items():
-        ranks.run(f"{STAGES}:run_sft", world_size(parallel), folder=str(tmp_path / name), parallel=parallel)
+        folder = str(tmp_path / name)
+        ranks.run(f"{STAGES}:run_sft", world_size(parallel), folder=folder, parallel=parallel, sections=sections)
     one, four = rows_of(tmp_path / "one"), rows_of(tmp_path / "tp2pp2")
     assert [row["step"] for row in one] == [1, 2, 3]
     assert one[2]["train/loss"] < one[0]["train/loss"]

@@ -162,12 +162,13 @@ def gradients_of(policy: Policy, samples: Sequence[TrainSample], expected: Answe
 
 def _padded_head_rows(policy: Policy) -> list[torch.Tensor]:
     """The rows of the output layer that stand for no token, on the last tensor-parallel rank."""
-    head = policy.chunks[-1].output_layer if policy.chunks[-1].post_process else None
-    if head is None:
+    if not policy.chunks[-1].post_process:
         return []
-    first = policy.groups.tp_rank * head.weight.shape[0]
-    real = max(0, min(policy.cfg.model.vocab_size - first, head.weight.shape[0]))
-    return [head.weight[real:]] if real < head.weight.shape[0] else []
+    weight = policy.chunks[-1].output_layer.weight
+    weight = policy.chunks[-1].shared_embedding_or_output_weight() if weight is None else weight
+    first = policy.groups.tp_rank * weight.shape[0]
+    real = max(0, min(policy.cfg.model.vocab_size - first, weight.shape[0]))
+    return [weight[real:]] if real < weight.shape[0] else []
 
 
 def _moe_columns(policy: Policy) -> list[int]:

@@ -42,6 +42,8 @@ CASES = [
     (["rl.tis_cap=0"], r"rl.tis_cap=0.0 has to be null or greater than 0"),
     (["sft.corrupt_fraction=1.5"], r"sft.corrupt_fraction=1.5 has to be between 0 and 1"),
     (["model.layernorm_epsilon=0"], r"layernorm_epsilon=0.0 has to be greater than 0"),
+    # rewards
+    (["data.source=countdown", "tokenizer.kind=countdown"], r"terms.0.function=accuracy cannot read .* Use countdown"),
     # model
     (["model.qk_pos_emb_head_dim=15"], r"has to be even"),
     (["model.first_k_dense_replace=5"], r"first_k_dense_replace\(5\) exceeds model.num_layers\(4\)"),
