@@ -1,4 +1,4 @@
-"""The command line. ``r1-megatron train examples/demo.yaml train.lr=1e-4``
+"""The command line. ``r1-megatron train examples/chain_sum_base.yaml train.lr=1e-3``
 
 Exit codes: 0 done; 1 a rank failed; 2 the input is wrong, nothing was started; 128 + n ended by signal n (130: Ctrl-C).
 """
@@ -15,7 +15,7 @@ from r1_megatron import __version__
 from r1_megatron.config.load import dump_config, load_config
 from r1_megatron.config.schema import RunConfig
 from r1_megatron.config.validate import check_config
-from r1_megatron.parallel.launch import LaunchResult, adopt_rank, launch, run_as_rank
+from r1_megatron.parallel.launch import STOP_SIGNAL, LaunchResult, adopt_rank, launch, run_as_rank
 from r1_megatron.telemetry import run_folder
 from r1_megatron.telemetry.gpu import num_visible_gpus
 from r1_megatron.telemetry.host import describe_host, version_of
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Checks the configuration, starts one process per rank on this machine and watches over them. "
         "Under torchrun or srun, where this process already is a rank, it joins that job instead.",
         epilog="Everything the run writes lies in its output_dir, which must not hold another run. Example: "
-        "r1-megatron train examples/demo.yaml train.steps=20 output_dir=runs/short",
+        "r1-megatron train examples/chain_sum_base.yaml train.steps=20 output_dir=runs/short",
     )
     _add_config_arguments(train)
     train.set_defaults(run=_train)
@@ -115,6 +115,7 @@ def _train(arguments: argparse.Namespace) -> int:
         [sys.executable, "-m", "r1_megatron.cli", "worker", str(folder / run_folder.CONFIG)],
         topology.world_size,
         log_dir=folder / run_folder.LOGS,
+        stop_signal=STOP_SIGNAL,
     )
     _finish(config, folder, topology.world_size, result)
     return result.exit_code

@@ -156,9 +156,13 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports. ``updated`` is false when a non-finite gradient made the step skip."""
+    """What one optimizer step reports.
+
+    ``updated`` is false when a loss or gradient was not finite and the step was skipped; ``problem`` then says where.
+    """
 
     loss: float
     grad_norm: float
     updated: bool
     metrics: dict[str, float] = field(default_factory=dict)
+    problem: str = ""

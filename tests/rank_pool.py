@@ -56,10 +56,8 @@ START_TIMEOUT_S = 180.0
 # Imported by the nursery, in this order. The package comes first: its device layer has to be in place before the
 # megatron modules that look at it while they are imported.
 PRELOAD = (
-    "r1_megatron.train.step",
-    "r1_megatron.train.policy",
-    "r1_megatron.rollout.engine",
-    "r1_megatron.checkpoint.store",
+    "r1_megatron.stages.grpo",
+    "r1_megatron.stages.sft",
     "torch.distributed",
     "megatron.core",
     "pytest",

@@ -32,18 +32,19 @@ def main() -> int:
     else:
         train("chain_sum_base.yaml", base)
     train("chain_sum_zero_ep2.yaml", zero, f"checkpoint.load={base}/checkpoints/final")
-    summarise(base, zero, time.monotonic() - started)
-    return 0
+    return summarise(base, zero, time.monotonic() - started)
 
 
 def train(example: str, folder: Path, *overrides: str) -> None:
     command = [sys.executable, "-m", "r1_megatron.cli", "train", str(ROOT / "examples" / example)]
-    code = subprocess.run([*command, f"output_dir={folder}", *overrides], env=os.environ).returncode
+    overrides = (f"output_dir={folder}", "parallel.device=cpu", *overrides)
+    code = subprocess.run([*command, *overrides], env=os.environ).returncode
     if code:
         sys.exit(code)
 
 
-def summarise(base: Path, zero: Path, seconds: float) -> None:
+def summarise(base: Path, zero: Path, seconds: float) -> int:
+    """Prints the table; exit code 1 if the policy did not learn what it always has."""
     rows = [json.loads(line) for line in (zero / "metrics.jsonl").read_text().splitlines()]
     evaluations = [row for row in rows if "eval/sampled_accuracy" in row]
     steps = [row for row in rows if "critic/rewards/mean" in row]
@@ -58,6 +59,17 @@ held-out accuracy          sampled   greedy
 largest difference between rollout and training probability of a sampled token: {difference:.1e}
 peak memory of all ranks together: {peak / 1e9:.2f} GB; {seconds / 60:.1f} minutes in all
 curves, samples, configuration: {zero / "report.html"}""")
+    expected = {
+        "sampled accuracy of the base <= 0.35": before["eval/sampled_accuracy"] <= 0.35,
+        "sampled accuracy afterwards >= 0.85": after["eval/sampled_accuracy"] >= 0.85,
+        "greedy accuracy not more than 0.03 below the base's": after["eval/greedy_accuracy"]
+        >= before["eval/greedy_accuracy"] - 0.03,
+        "peak memory <= 4 GB": peak <= 4e9,
+    }
+    missed = [name for name, holds in expected.items() if not holds]
+    for name in missed:
+        print(f"error: expected {name}", file=sys.stderr)
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

@@ -2,14 +2,19 @@
 
 A checkpoint is a folder in megatron-core's ``torch_dist`` format with a ``checkpoint.json`` beside it. It is written
 under another name and renamed when it is whole: a folder with its final name and a ``checkpoint.json`` is complete.
+
+Parallel layouts may differ between writer and reader; the layer implementation may not (Transformer Engine's layers
+name norms and experts otherwise than the local ones). Optimizer state is not kept yet: a run goes on from weights.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,22 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint import CheckpointException
 
+from r1_megatron.config.schema import ModelConfig
 from r1_megatron.parallel.device import cuda_type_names
 from r1_megatron.parallel.groups import ProcessGroups
 
 _DESCRIPTION = "checkpoint.json"
+# Fields of the model's configuration that training may change; any other one makes the weights another function.
+_TRAINING_ONLY = {
+    "preset",
+    "init_method_std",
+    "max_position_embeddings",
+    "moe_aux_loss_coeff",
+    "moe_router_bias_update_rate",
+    "mtp_loss_scaling_factor",
+}
 
 
 def save_weights(
@@ -78,6 +94,47 @@ def load_weights(folder: str | Path, chunks: Sequence[torch.nn.Module], groups: 
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"chunk{index}"])
     return description
+
+
+def load_checkpoint(
+    folder: str | Path, model: ModelConfig, chunks: Sequence[torch.nn.Module], groups: ProcessGroups
+) -> dict[str, Any]:
+    """The weights of ``checkpoint.load``, written under any layout; answers the checkpoint's description. Collective.
+
+    Raises:
+        FileNotFoundError: no complete checkpoint there.
+        ValueError: another model's (every field that differs is named), or damaged.
+    """
+    try:
+        check_same_model(folder, model, read_description(folder).get("model", {}))
+        return load_weights(folder, chunks, groups)
+    except CheckpointException as error:  # torch's, on all ranks; it is no Exception and holds one of them per rank
+        rank, (cause, _) = next(iter(error.failures.items()))
+        reason = f"rank {rank} met {type(cause).__name__}: {cause}"
+    except (json.JSONDecodeError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise ValueError(
+        f"checkpoint.load: {folder} is damaged or incomplete, it cannot be read ({reason:.500}). "
+        "Load an earlier checkpoint, or run the stage that writes it again."
+    )
+
+
+def check_same_model(folder: str | Path, model: ModelConfig, written: dict[str, Any]) -> None:
+    """Raises ValueError if the checkpoint's description tells of another model.
+
+    Without this, a model with fewer layers would be filled from the first ones and never say so.
+    """
+    ours = asdict(model)
+    differing = [
+        f"model.{name}={json.dumps(ours[name])}, there {json.dumps(written[name])}"
+        for name in ours
+        if name not in _TRAINING_ONLY and name in written and written[name] != ours[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"checkpoint.load: {folder} holds another model: {'; '.join(differing)}. "
+            "Give both stages the same model section, or load another checkpoint."
+        )
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:

@@ -196,8 +196,9 @@ class RLConfig:
     overlong_penalty: float = 1.0
     # Truncated importance sampling: cap of exp(training log-probability - rollout log-probability); null: off.
     tis_cap: float | None = None
-    # Limit of training/rollout_probs_diff_max, and what happens above it; null: measured only.
-    probs_diff_limit: float | None = None
+    # Limit of training/rollout_probs_diff_max, and what happens above it; null: measured only. In fp32 rollout and
+    # training agree to about 1e-5, so the default means a fault; bf16 needs a higher one.
+    probs_diff_limit: float | None = 1e-3
     on_probs_diff: Literal["stop", "warn"] = "stop"
 
 
@@ -249,7 +250,7 @@ class SFTConfig:
 class EvaluateConfig:
     """Accuracy on held-out prompts: sampled (``samples_per_prompt`` each at the run's temperature) and greedy."""
 
-    # Steps between evaluations; 0: only at the start and at the end.
+    # Steps between evaluations; 0: only at the start (not for sft) and at the end.
     interval: int = 0
     num_prompts: int = 256
     samples_per_prompt: int = 1

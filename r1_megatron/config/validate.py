@@ -306,6 +306,9 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+# Between rollout and training in bf16 with the same experts; measured with router replay in tests/distributed.
+MIN_PROBS_DIFF_LIMIT_BF16 = 0.1
+
 # Rewards of ours that read one task's labels only.
 _REWARD_OF_SOURCE = {"chain_sum": "accuracy", "countdown": "countdown"}
 
@@ -333,6 +336,13 @@ def _rl(cfg: RunConfig) -> Iterator[str]:
         yield (
             f"rl.clip_ratio_dual={rl.clip_ratio_dual} has to exceed 1: it caps the ratio of negative advantages. "
             f"Set 3, or null to switch it off."
+        )
+    limit = rl.probs_diff_limit
+    if cfg.train.bf16 and rl.on_probs_diff == "stop" and limit is not None and limit < MIN_PROBS_DIFF_LIMIT_BF16:
+        yield (
+            f"rl.probs_diff_limit={limit} would stop a bf16 run at once: rounding alone moves a probability by up to "
+            f"{MIN_PROBS_DIFF_LIMIT_BF16} and, without router replay, by any amount. Set rl.probs_diff_limit=1.0 (or "
+            "null), or rl.on_probs_diff=warn; rollout.router_replay=true and rl.tis_cap=2.0 treat the cause."
         )
     if rl.reference_refresh_steps is not None and rl.kl_coef == 0:
         yield (
@@ -407,10 +417,11 @@ def _recompute(cfg: RunConfig) -> Iterator[str]:
         if unknown:
             yield f"train.recompute_modules: {unknown} are not among {', '.join(RECOMPUTE_MODULES)}."
         needs_cuda = [name for name in t.recompute_modules if name in RECOMPUTE_MODULES_CUDA]
-        if needs_cuda and cfg.parallel.device != "cuda":
+        if needs_cuda and not (cfg.parallel.device == "cuda" and t.bf16):
             yield (
-                f"train.recompute_modules: {needs_cuda} need Transformer Engine, so parallel.device=cuda, which is "
-                f"{cfg.parallel.device}. Elsewhere use mla_up_proj, mlp, moe, shared_experts."
+                f"train.recompute_modules: {needs_cuda} need Transformer Engine's layers, so parallel.device=cuda, "
+                f"which is {cfg.parallel.device}, and train.bf16=true, which is {_yaml(t.bf16)}. Elsewhere use "
+                "mla_up_proj, mlp, moe, shared_experts."
             )
 
 

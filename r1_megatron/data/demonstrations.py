@@ -92,8 +92,8 @@ def task_demonstrations(
 ) -> list[Demonstration]:
     """Traces number ``start`` to ``start + count - 1`` of an endless supply over the problems of a task.
 
-    Trace ``i`` is a pure function of (``data.seed``, ``i``): every rank makes the same ones, and a resumed run goes on
-    where it stopped. Each pass over the problems is in a new order and writes new traces.
+    Trace ``i`` is a pure function of (``data.seed``, ``i``): every rank makes the same ones. Each pass over the
+    problems is in a new order and writes new traces.
     """
     found = []
     for i in range(start, start + count):

@@ -48,24 +48,25 @@ class PromptSet(Sequence[Prompt]):
 
 
 def build_prompts(
-    cfg: DataConfig, tokenizer: Tokenizer, vocab_size: int | None = None
+    cfg: DataConfig, tokenizer: Tokenizer, vocab_size: int | None = None, train: bool = True
 ) -> tuple[PromptSet, PromptSet, Task | None]:
     """The prompts of a run: training, held-out (empty without ``data.eval_path``), and the task they come from.
 
     Args:
         vocab_size: the model's; a prompt with a token outside of it is refused.
+        train: without it ``data.path`` is not read and there are no training prompts (it may hold other rows).
     """
     if cfg.source != "jsonl":
         task = build_task(cfg.source, cfg.task_options, cfg.num_train, cfg.num_eval, cfg.seed)
-        train = task_prompts(task, task.train, cfg, tokenizer, vocab_size)
-        return train, task_prompts(task, task.eval, cfg, tokenizer, vocab_size), task
+        training = task_prompts(task, task.train, cfg, tokenizer, vocab_size)
+        return training, task_prompts(task, task.eval, cfg, tokenizer, vocab_size), task
     if cfg.path is None:
         raise ValueError("data.path: data.source=jsonl needs a file. Set data.path, or data.source to a task.")
-    train = load_prompts(cfg.path, cfg, tokenizer, vocab_size)
+    training = load_prompts(cfg.path, cfg, tokenizer, vocab_size) if train else PromptSet(())
     held_out = PromptSet(())
     if cfg.eval_path is not None:
         held_out = load_prompts(cfg.eval_path, cfg, tokenizer, vocab_size)
-    return train, held_out, None
+    return training, held_out, None
 
 
 def load_prompts(path: str | Path, cfg: DataConfig, tokenizer: Tokenizer, vocab_size: int | None = None) -> PromptSet:

@@ -17,12 +17,14 @@ from r1_megatron.parallel.device import cuda_type_names, has_transformer_engine
 from r1_megatron.parallel.groups import ProcessGroups
 
 
-def build_model(cfg: RunConfig, groups: ProcessGroups) -> list[PolicyModel]:
+def build_model(cfg: RunConfig, groups: ProcessGroups, draw_weights: bool = True) -> list[PolicyModel]:
     """The virtual chunks of this pipeline rank: chunk ``i`` of rank ``r`` is stage ``i * pp + r`` of the model.
 
-    Weights are drawn from ``cfg.seed`` and the parameter's global name, so every layout starts from the same model.
+    Weights are drawn from ``cfg.seed`` and the parameter's global name, so every layout starts from the same model;
+    without ``draw_weights`` they are left for a checkpoint to fill.
     """
-    transformer_engine = groups.device.type == "cuda" and has_transformer_engine()
+    # Its attention kernels know no float32.
+    transformer_engine = groups.device.type == "cuda" and cfg.train.bf16 and has_transformer_engine()
     config = transformer_config(cfg.model, cfg.parallel, cfg.train, transformer_engine)
     topology = groups.topology
     vpp = topology.vpp if topology.vpp > 1 else None
@@ -50,7 +52,8 @@ def build_model(cfg: RunConfig, groups: ProcessGroups) -> list[PolicyModel]:
         chunks.append(chunk)
     number_routers(chunks)
     for chunk in chunks:
-        initialize_weights(chunk, config, groups, cfg.seed)
+        if draw_weights:
+            initialize_weights(chunk, config, groups, cfg.seed)
         mark_expert_parameters(chunk)
         chunk.to(groups.device)
     return chunks

@@ -12,8 +12,9 @@ class PolicyModel(GPTModel):
     """A chunk of the policy. With labels, the last chunk answers float32 (float64 for float64 weights) statistics.
 
     The answer is ``[1, T]``: the negative log-probability of each label at ``temperature``; with ``need_entropy`` it
-    is ``[2, T]``, the entropy of the distribution below it. The multi-token-prediction heads pass through the same
-    hook and always get ``[1, T]`` at temperature 1, the plain cross entropy megatron-core expects there.
+    is ``[2, T]``, the entropy of the distribution below it (with a gradient only if ``entropy_gradient``). The
+    multi-token-prediction heads pass through the same hook and always get ``[1, T]`` at temperature 1, the plain cross
+    entropy megatron-core expects there.
     """
 
     def __init__(self, *args, real_vocab_size: int, **kwargs):
@@ -21,6 +22,7 @@ class PolicyModel(GPTModel):
         self.real_vocab_size = real_vocab_size
         self.temperature = 1.0
         self.need_entropy = False
+        self.entropy_gradient = False
         self._main_labels: torch.Tensor | None = None
 
     def forward(self, input_ids, position_ids, attention_mask, *args, labels=None, **kwargs):
@@ -43,6 +45,6 @@ class PolicyModel(GPTModel):
             temperature=self.temperature if main_head else 1.0,
             need_entropy=self.need_entropy and main_head,
         )
-        if self.need_entropy and main_head:
-            return torch.stack([-logprobs_T, entropy_T])
-        return -logprobs_T[None]
+        if entropy_T is None:
+            return -logprobs_T[None]
+        return torch.stack([-logprobs_T, entropy_T if self.entropy_gradient else entropy_T.detach()])

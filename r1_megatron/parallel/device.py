@@ -19,6 +19,7 @@ private object it replaces, and `install_device` refuses another megatron-core r
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -101,8 +102,19 @@ def installed_kind() -> DeviceKind:
     return _installed
 
 
+@functools.cache
 def has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
+    """Whether Transformer Engine can be used. One that is installed but broken is said, not silently done without."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"Transformer Engine is installed but cannot be imported: {error}. Repair it, or uninstall it to use the "
+            "plain PyTorch layers."
+        ) from error
+    return True
 
 
 @contextlib.contextmanager

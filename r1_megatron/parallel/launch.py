@@ -100,15 +100,20 @@ def launch(
     log_dir: str | Path,
     env: dict[str, str] | None = None,
     grace_s: float = GRACE_S,
+    stop_signal: int | None = None,
 ) -> LaunchResult:
     """Run ``command`` once per rank on this node and wait until all have ended.
 
     The standard output of rank 0 is passed through; everything else goes to ``log_dir/rank_<N>.log``.
 
+    A first Ctrl-C (or SIGTERM, SIGHUP) is handed to the ranks as ``stop_signal``, and they end by themselves at a good
+    moment; a second one, or the first without a ``stop_signal``, ends them now.
+
     Args:
         command: the program and its arguments; the rank comes in through the environment (see `rank_environment`).
         env: the environment to build on, this process's by default.
         grace_s: seconds between asking the ranks to end and killing them.
+        stop_signal: what the ranks listen for, see `listen_for_stop`.
     """
     log_dir = Path(log_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -119,9 +124,12 @@ def launch(
         try:
             for rank in range(world_size):
                 ranks.append(_Rank(command, rank, rank_environment(rank, world_size, port, log_dir, base), log_dir))
-            memory = _watch(ranks, caught)
+            memory = _watch(ranks, caught, stop_signal)
             failure = None
-            if not caught and any(rank.failed for rank in ranks):
+            asked = stop_signal is not None and len(caught) == 1
+            # A rank that was not listening yet dies of the signal itself: that is no failure.
+            not_listening = any(rank.process.returncode == -(stop_signal or 0) for rank in ranks)
+            if any(rank.failed for rank in ranks) and (not caught or (asked and not not_listening)):
                 _settle(ranks, caught)
                 # Read before the others are told to end: what they say afterwards is not the cause.
                 failure = _first_failure(ranks, memory)
@@ -214,10 +222,18 @@ class _Memory:
         self._next = end + max(MEMORY_SAMPLE_S, 20 * (end - start))
 
 
-def _watch(ranks: Sequence[_Rank], caught: list[int]) -> _Memory:
-    """Wait until every rank ended well, one failed, or a signal came."""
+def _watch(ranks: Sequence[_Rank], caught: list[int], stop_signal: int | None) -> _Memory:
+    """Wait until every rank ended well, one failed, or a signal came that ends them now."""
     memory = _Memory()
-    while not caught:
+    asked = False
+    while len(caught) < (1 if stop_signal is None else 2):
+        if stop_signal is not None and caught and not asked:
+            asked = True
+            name = signal.Signals(caught[0]).name
+            print(f"\n{name}: ending after this step, with a checkpoint. Once more ends the run now.", flush=True)
+            for rank in ranks:
+                if rank.alive():
+                    rank.process.send_signal(stop_signal)
         alive = [rank.alive() for rank in ranks]
         if not any(alive) or any(rank.failed for rank in ranks):
             break
@@ -228,7 +244,7 @@ def _watch(ranks: Sequence[_Rank], caught: list[int]) -> _Memory:
 
 def _settle(ranks: Sequence[_Rank], caught: list[int]) -> None:
     deadline = time.monotonic() + SETTLE_S
-    while not caught and time.monotonic() < deadline and any([rank.alive() for rank in ranks]):
+    while len(caught) < 2 and time.monotonic() < deadline and any([rank.alive() for rank in ranks]):
         time.sleep(POLL_S / 2)
 
 
@@ -389,6 +405,29 @@ def run_as_rank(body: Callable[[], None]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+# Asks a rank to end after the step it is in. Slurm sends the same one before a time limit (sbatch --signal=USR1@...).
+STOP_SIGNAL = signal.SIGUSR1
+_stop_requested = False
+
+
+def listen_for_stop() -> None:
+    """From now on `STOP_SIGNAL` no longer ends this process but is remembered. Only a main thread can listen."""
+    global _stop_requested
+    _stop_requested = False
+
+    def remember(_number: int, _frame: object) -> None:
+        global _stop_requested
+        _stop_requested = True
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(STOP_SIGNAL, remember)
+
+
+def stop_requested() -> bool:
+    """Whether this rank was asked to end. Ranks hear of it at different moments: agree before acting on it."""
+    return _stop_requested
 
 
 def watch_launcher(interval_s: float = 1.0) -> None:

@@ -1,6 +1,6 @@
 """Accuracy on held-out prompts, sampled and greedy; as a stage of its own or in the middle of another.
 
-    r1-megatron train examples/chain_sum_zero.yaml stage=evaluate checkpoint.load=runs/demo/checkpoints/final
+    r1-megatron train examples/chain_sum_zero.yaml stage=evaluate checkpoint.load=runs/demo/zero/checkpoints/final
 
 Greedy says what the policy knows, sampled what it does: the gap is what reinforcement learning closes first.
 """
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from r1_megatron.config.schema import RunConfig, SamplingConfig
 from r1_megatron.stages.grading import grade
 from r1_megatron.stages.setup import Run, open_run
+from r1_megatron.types import GradedGroup
 
 # Held-out prompts are drawn with another seed than training prompts of the same number.
 _SEED_OFFSET = 7919
@@ -34,7 +35,11 @@ def evaluate_if_due(run: Run, step: int) -> None:
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Shares of held-out completions whose first reward term (accuracy) is at least 1, and that stopped."""
+    """Held-out completions in numbers, sampled and greedy.
+
+    ``accuracy`` is the share that is right (see `num_right`), ``stopped`` the share that ended by itself, ``reward``
+    and ``length`` (tokens) are means.
+    """
     prompts = run.held_out[: run.cfg.evaluate.num_prompts]
     if not prompts:
         return {}
@@ -46,17 +51,22 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     return results
 
 
+def num_right(group: GradedGroup) -> int:
+    """Completions whose first reward term, ``format`` passed over, is at least 1."""
+    term = next((name for name in group.components if name != "format"), "format")
+    return int((group.components[term] >= 1.0).sum())
+
+
 def _accuracy(run: Run, name: str, sampling: SamplingConfig, samples: int) -> dict[str, float]:
     mine = list(run.held_out[: run.cfg.evaluate.num_prompts])[run.groups.dp_rank :: run.groups.topology.dp]
     with run.policy.gathered():
         rollouts = run.engine.generate(
             mine, samples, sampling, seed=run.cfg.seed + _SEED_OFFSET, policy_version=run.policy.version
         )
-    graded, _ = grade(run, mine, rollouts)
-    first_term = [next(iter(group.components.values())) for group in graded]
+    graded = grade(run, mine, rollouts).groups
     sums = torch.tensor(
         [
-            float(sum((values >= 1.0).sum() for values in first_term)),
+            float(sum(num_right(group) for group in graded)),
             float(sum(group.rewards.sum() for group in graded)),
             float(sum(rollout.finish == "stop" for group in rollouts for rollout in group)),
             float(sum(rollout.num_response for group in rollouts for rollout in group)),

@@ -8,7 +8,6 @@ round robin to the data-parallel replicas, so the minibatches are the same under
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,13 +23,10 @@ from r1_megatron.rl.weights import LossCounts
 from r1_megatron.stages.evaluate import evaluate_if_due
 from r1_megatron.stages.grading import grade
 from r1_megatron.stages.setup import Run, open_run
-from r1_megatron.telemetry.metrics import Metrics
+from r1_megatron.stages.step_report import Minibatch, StepReport
 from r1_megatron.train.objectives import PolicyObjective
 from r1_megatron.train.step import train_step
-from r1_megatron.types import GradedGroup, Prompt, StepResult, TrainSample
-
-# One minibatch on this rank: its samples, and what it counts on all ranks together.
-Minibatch = tuple[list[TrainSample], LossCounts]
+from r1_megatron.types import GradedGroup, Prompt, Rollout, StepResult
 
 
 class RolloutMismatchError(RuntimeError):
@@ -45,23 +41,24 @@ def run(cfg: RunConfig) -> None:
         refresh_reference(run, step=0)
         evaluate_if_due(run, step=0)
         for step in range(1, cfg.train.steps + 1):
+            report = StepReport(run)
             with run.log.clock("rollout"):
                 blocks = deal(prompts.take(cfg.rollout.prompts_per_step), run)
                 rollouts = generate(run, blocks)
             with run.log.clock("reward"):
-                graded, num_failed = grade_blocks(run, blocks, rollouts)
+                graded = grade_blocks(run, blocks, rollouts, report)
             with run.log.clock("annotate"):
-                minibatches, dropped = assign(run, graded)
-                minibatches = annotate(run, minibatches)
+                minibatches = annotate(run, assign(run, graded, report))
             with run.log.clock("train"):
                 results = learn(run, step, minibatches, objective)
-            metrics = step_metrics(run, graded, dropped, num_failed, minibatches, results)
-            run.log.samples(step, sample_rows(run, graded))
+            metrics = report.metrics(graded, minibatches, results)
+            run.log.samples(step, report.sample_rows(graded))
             run.log.write(step, metrics)
             check_rollout_match(run, step, metrics)
             refresh_reference(run, step)
+            if run.save_if_due(step):
+                break
             evaluate_if_due(run, step)
-            run.save_if_due(step)
 
 
 def deal(prompts: Sequence[Prompt], run: Run) -> list[list[Prompt]]:
@@ -71,42 +68,48 @@ def deal(prompts: Sequence[Prompt], run: Run) -> list[list[Prompt]]:
     return [list(prompts[b * size : (b + 1) * size])[dp_rank::dp] for b in range(blocks)]
 
 
-def generate(run: Run, blocks: Sequence[Sequence[Prompt]]) -> list[list]:
+def generate(run: Run, blocks: Sequence[Sequence[Prompt]]) -> list[list[Rollout]]:
     """Samples of every prompt of this replica, block by block."""
     flat = [prompt for block in blocks for prompt in block]
     with run.policy.gathered():
-        return run.engine.generate(
+        rollouts = run.engine.generate(
             flat,
             run.cfg.rollout.samples_per_prompt,
             run.cfg.sampling,
             seed=run.cfg.seed,
             policy_version=run.policy.version,
         )
+    if run.groups.device.type == "cuda":
+        run.engine.release()  # the cache's memory is training's now
+    return rollouts
 
 
-def grade_blocks(run: Run, blocks, rollouts) -> tuple[list[list[GradedGroup]], int]:
+def grade_blocks(
+    run: Run, blocks: Sequence[Sequence[Prompt]], rollouts: Sequence[Sequence[Rollout]], report: StepReport
+) -> list[list[GradedGroup]]:
     """Graded groups of each block, the penalty for overlong completions included."""
     flat = [prompt for block in blocks for prompt in block]
-    groups, num_failed = grade(run, flat, rollouts)
-    groups = apply_overlong_penalty(groups, run.cfg.rl, max_new_tokens=run.cfg.sampling.max_new_tokens)
-    sizes = [len(block) for block in blocks]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [groups[start : start + size] for start, size in zip(starts, sizes)], num_failed
+    graded = grade(run, flat, rollouts)
+    report.num_failed, report.errors = graded.num_failed, graded.errors
+    groups = iter(apply_overlong_penalty(graded.groups, run.cfg.rl, max_new_tokens=run.cfg.sampling.max_new_tokens))
+    return [[next(groups) for _ in block] for block in blocks]
 
 
-def assign(run: Run, graded: Sequence[Sequence[GradedGroup]]) -> tuple[list[Minibatch], int]:
-    """Advantages and weights; the weights of a minibatch know its tokens on all ranks. Also counts dropped groups."""
-    minibatches, num_dropped = [], 0
+def assign(run: Run, graded: Sequence[Sequence[GradedGroup]], report: StepReport) -> list[Minibatch]:
+    """Advantages and weights; the weights of a minibatch know its tokens on all ranks."""
+    minibatches = []
     for block in graded:
         kept, dropped = select_groups(block, run.cfg.rl)
-        num_dropped += len(dropped)
+        report.num_dropped += len(dropped)
         mine = count_loss(kept, run.cfg.rl)
-        totals = torch.tensor([mine.num_sequences, mine.num_tokens], device=run.groups.device)
+        num_mine = sum(len(group.rollouts) for group in kept)
+        totals = torch.tensor([mine.num_sequences, mine.num_tokens, num_mine], device=run.groups.device)
         dist.all_reduce(totals, group=run.groups.dp)
-        counts = LossCounts(*totals.tolist())
+        num_sequences, num_tokens, num_all = totals.tolist()
+        counts = LossCounts(num_sequences, num_tokens)
         samples = assign_credit(kept, run.cfg.rl, counts, max_new_tokens=run.cfg.sampling.max_new_tokens)
-        minibatches.append((samples, counts))
-    return minibatches, num_dropped
+        minibatches.append(Minibatch(samples, num_tokens=num_tokens, num_sequences=num_all))
+    return minibatches
 
 
 def annotate(run: Run, minibatches: Sequence[Minibatch]) -> list[Minibatch]:
@@ -116,7 +119,7 @@ def annotate(run: Run, minibatches: Sequence[Minibatch]) -> list[Minibatch]:
     reference policy's where there is a KL term.
     """
     rl, temperature = run.cfg.rl, run.cfg.sampling.temperature
-    samples = [sample for block, _ in minibatches for sample in block]
+    samples = [sample for minibatch in minibatches for sample in minibatch.samples]
     if rl.num_minibatches * rl.inner_epochs > 1:
         old = run.policy.logprobs(samples, temperature)
         samples = [replace(sample, old_logprobs=values) for sample, values in zip(samples, old)]
@@ -125,22 +128,19 @@ def annotate(run: Run, minibatches: Sequence[Minibatch]) -> list[Minibatch]:
         with run.policy.using(run.policy.reference):
             reference = run.policy.logprobs(samples, temperature, replay=False)
         samples = [replace(sample, reference_logprobs=values) for sample, values in zip(samples, reference)]
-    annotated, start = [], 0
-    for block, counts in minibatches:
-        annotated.append((samples[start : start + len(block)], counts))
-        start += len(block)
-    return annotated
+    annotated = iter(samples)
+    return [replace(minibatch, samples=[next(annotated) for _ in minibatch.samples]) for minibatch in minibatches]
 
 
 def learn(run: Run, step: int, minibatches: Sequence[Minibatch], objective: PolicyObjective) -> list[StepResult]:
     """One optimizer step per minibatch and inner epoch. A minibatch with nothing left to learn is passed over."""
     results = []
     for _ in range(run.cfg.rl.inner_epochs):
-        for samples, counts in minibatches:
-            if counts.num_tokens == 0:
+        for minibatch in minibatches:
+            if minibatch.num_tokens == 0:
                 continue
-            batch = run.policy.pack(samples, counts.num_tokens)
-            results.append(train_step(run.policy, batch, objective, counts.num_sequences, step))
+            batch = run.policy.pack(minibatch.samples, minibatch.num_tokens)
+            results.append(train_step(run.policy, batch, objective, minibatch.num_sequences, step))
     return results
 
 
@@ -148,68 +148,7 @@ def refresh_reference(run: Run, step: int) -> None:
     """The reference policy is the policy the run starts from, replaced every `rl.reference_refresh_steps`."""
     rl = run.cfg.rl
     if rl.kl_coef and (step == 0 or (rl.reference_refresh_steps and step % rl.reference_refresh_steps == 0)):
-        run.policy.reference = run.policy.snapshot()
-
-
-def step_metrics(run: Run, graded, num_dropped: int, num_failed: int, minibatches, results) -> dict[str, float]:
-    """The step in numbers, over all ranks."""
-    mine = Metrics()
-    if run.groups.is_replica_writer:
-        groups = [group for block in graded for group in block]
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        scores = [
-            float(r)
-            for g in groups
-            for r in g.rewards - run.cfg.rl.overlong_penalty * g.components.get("overlong", 0.0)
-        ]
-        mine.distribution("critic/score", scores, ("mean", "max", "min"))
-        mine.distribution("critic/rewards", [float(r) for g in groups for r in g.rewards], ("mean", "max", "min"))
-        for group in groups:
-            for name, values in group.components.items():
-                mine.distribution(f"reward/{name}", values, ("mean",))
-        lengths = [rollout.num_response for rollout in rollouts]
-        mine.distribution("response_length", lengths, ("mean", "max", "min"))
-        for rollout in rollouts:
-            mine.mean("response_length/clip_ratio", rollout.finish == "length")
-        mine.distribution("prompt_length", [rollout.prompt_len for rollout in rollouts], ("mean", "max"))
-        for samples, _ in minibatches:
-            for sample in samples:
-                advantage = float(sample.advantages[sample.loss_mask][0]) if sample.loss_mask.any() else 0.0
-                tokens = int(sample.loss_mask.sum())
-                mine.mean("critic/advantages/mean", advantage, tokens)
-        mine.distribution("critic/advantages", _advantages(minibatches), ("std",))
-        mine.sum("rl/dropped_groups", num_dropped)
-        mine.sum("reward/failed", num_failed)
-        mine.sum("perf/total_num_tokens", sum(len(rollout.tokens) for rollout in rollouts))
-        for name, value in run.engine.metrics.items():
-            (mine.sum if name.endswith(("num_tokens", "per_s")) else mine.max)(name, value)
-    metrics = mine.reduce(_gather).result()
-    for name in sorted({name for result in results for name in result.metrics}):
-        values = [result.metrics[name] for result in results]
-        metrics[name] = largest(values) if name.endswith("_max") else sum(values) / len(values)
-    if results:
-        metrics["train/loss"] = sum(result.loss for result in results) / len(results)
-    metrics["train/updates"] = float(sum(result.updated for result in results))
-    metrics["train/skipped_updates"] = float(sum(not result.updated for result in results))
-    metrics.update(_device_memory())
-    return metrics
-
-
-def sample_rows(run: Run, graded):
-    """This replica's completions, as `samples.jsonl` wants them."""
-    for block in graded:
-        for group in block:
-            for rollout, reward, i in zip(group.rollouts, group.rewards, range(len(group.rewards))):
-                yield {
-                    "prompt": group.prompt.text,
-                    "response": rollout.text,
-                    "label": group.prompt.label,
-                    "reward": float(reward),
-                    "components": {name: float(values[i]) for name, values in group.components.items()},
-                    "finish": rollout.finish,
-                    "prompt_tokens": rollout.prompt_len,
-                    "response_tokens": rollout.num_response,
-                }
+        run.policy.refresh_reference()
 
 
 def check_rollout_match(run: Run, step: int, metrics: dict[str, float]) -> None:
@@ -227,26 +166,3 @@ def check_rollout_match(run: Run, step: int, metrics: dict[str, float]) -> None:
         raise RolloutMismatchError(text)
     warnings.warn(text, stacklevel=2)
     run.log.note(f"warning: {text}")
-
-
-def largest(values: Sequence[float]) -> float:
-    """The maximum, NaN if there is one: a NaN must not pass for a small difference."""
-    return math.nan if any(math.isnan(value) for value in values) else max(values)
-
-
-def _advantages(minibatches: Sequence[Minibatch]) -> list[float]:
-    """Of every loss token."""
-    return [float(a) for samples, _ in minibatches for sample in samples for a in sample.advantages[sample.loss_mask]]
-
-
-def _gather(metrics: Metrics) -> list[Metrics]:
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, metrics)
-    return everyone
-
-
-def _device_memory() -> dict[str, float]:
-    if not torch.cuda.is_available():
-        return {}
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    return {"perf/max_memory_allocated_gb": peak} if math.isfinite(peak) else {}

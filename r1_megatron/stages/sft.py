@@ -14,7 +14,7 @@ import numpy as np
 from r1_megatron.config.schema import RunConfig
 from r1_megatron.data.demonstrations import Demonstration, load_demonstrations, task_demonstrations
 from r1_megatron.data.prompts import epoch_order
-from r1_megatron.stages.evaluate import evaluate
+from r1_megatron.stages.evaluate import evaluate_if_due
 from r1_megatron.stages.setup import Run, open_run
 from r1_megatron.train.objectives import SupervisedObjective
 from r1_megatron.train.step import train_step
@@ -42,8 +42,11 @@ def run(cfg: RunConfig) -> None:
                 "perf/total_num_tokens": float(tokens),
             }
             run.log.write(step, metrics)
-            run.save_if_due(step)
-        evaluate(run, cfg.train.steps)
+            if result.problem:
+                run.log.note(f"update skipped: {result.problem}")
+            if run.save_if_due(step):
+                break
+            evaluate_if_due(run, step)
 
 
 def supervised_sample(row: Demonstration, num_tokens: int) -> TrainSample:

@@ -7,7 +7,7 @@
     launch.json        written when the run ended: exit code, seconds, peak memory of all ranks
     metrics.jsonl      one line per step            samples.jsonl   sampled rollouts
     tensorboard/       the same metrics             logs/           stderr of every rank
-    checkpoints/       weights and optimizer        report.html     the run on one page
+    checkpoints/       weights                      report.html     the run on one page
 """
 
 from __future__ import annotations

@@ -18,14 +18,20 @@ Metrics = dict[str, torch.Tensor]
 
 
 class Objective(Protocol):
-    """``temperature`` and ``need_entropy`` say what the model's head has to compute; ``trains_mtp`` whether the
-    multi-token-prediction heads learn from the step's weights."""
+    """What the model's head has to compute, and what it becomes.
+
+    ``need_entropy`` asks for the entropy, ``entropy_gradient`` for its gradient too; ``trains_mtp`` says whether the
+    multi-token-prediction heads learn from the step's weights.
+    """
 
     @property
     def temperature(self) -> float: ...
 
     @property
     def need_entropy(self) -> bool: ...
+
+    @property
+    def entropy_gradient(self) -> bool: ...
 
     @property
     def trains_mtp(self) -> bool: ...
@@ -46,6 +52,10 @@ class PolicyObjective:
     need_entropy: bool = True
     trains_mtp: bool = False
 
+    @property
+    def entropy_gradient(self) -> bool:
+        return self.rl.entropy_coef != 0
+
     def __call__(self, nll, entropy, batch):
         loss, metrics = policy_loss(-nll, entropy, batch.arrays, self.rl)
         return (loss * batch.weights).sum(), metrics
@@ -57,6 +67,7 @@ class SupervisedObjective:
 
     temperature: float = 1.0
     need_entropy: bool = False
+    entropy_gradient: bool = False
     trains_mtp: bool = True
 
     def __call__(self, nll, entropy, batch):

@@ -19,7 +19,7 @@ from r1_megatron.config.schema import RunConfig
 from r1_megatron.data.packing import Plan, common_count, equalise, pack_step, plan_microbatches, unpack
 from r1_megatron.model.build import build_model
 from r1_megatron.model.policy_model import PolicyModel
-from r1_megatron.model.routing import chunk_routers
+from r1_megatron.model.routing import all_routers, chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.train.optimizer import build_optimizer, ddp_config
 from r1_megatron.train.schedule import Pipeline, finalize_gradients, statistics_pass
@@ -47,6 +47,7 @@ class Policy:
     scheduler: OptimizerParamScheduler
     version: int = 0
     reference: Weights | None = field(default=None, repr=False)
+    _gathered_depth: int = 0
 
     @property
     def pipeline(self) -> Pipeline:
@@ -70,15 +71,20 @@ class Policy:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within: every parameter is whole and current without megatron-core's hooks (overlapped gathers finished)."""
+        """Within: every parameter is whole and current without megatron-core's hooks (overlapped gathers finished).
+
+        May be nested; the outermost one counts.
+        """
         hooked = self.cfg.train.overlap_param_gather
-        if hooked:
+        self._gathered_depth += 1
+        if hooked and self._gathered_depth == 1:
             for chunk in self.wrapped:
                 chunk.disable_forward_pre_hook(param_sync=True)
         try:
             yield
         finally:
-            if hooked:
+            self._gathered_depth -= 1
+            if hooked and self._gathered_depth == 0:
                 for chunk in self.wrapped:
                     chunk.enable_forward_pre_hook()
 
@@ -127,6 +133,17 @@ class Policy:
         with self.gathered():
             return [{name: tensor.detach().clone() for name, tensor in _tensors(chunk)} for chunk in self.chunks]
 
+    @torch.no_grad()
+    def refresh_reference(self) -> None:
+        """Make the reference policy a copy of the current one; an older reference is written over in place."""
+        if self.reference is None:
+            self.reference = self.snapshot()
+            return
+        with self.gathered():
+            for chunk, kept in zip(self.chunks, self.reference):
+                for name, tensor in _tensors(chunk):
+                    kept[name].copy_(tensor)
+
     @contextlib.contextmanager
     def using(self, weights: Weights) -> Iterator[None]:
         """Within: the modules compute with ``weights``. Pointers are exchanged, nothing is copied."""
@@ -150,7 +167,7 @@ def build_policy(cfg: RunConfig, groups: ProcessGroups, chunks: list[PolicyModel
     config = chunks[0].config
     wrapped = []
     for chunk in chunks:
-        inner = Float16Module(config, chunk) if cfg.train.bf16 else chunk
+        inner = _in_bf16(config, chunk) if cfg.train.bf16 else chunk
         wrapped.append(DistributedDataParallel(config, ddp_config(cfg.train), inner))
     for chunk in wrapped:
         chunk.broadcast_params()
@@ -162,6 +179,18 @@ def build_policy(cfg: RunConfig, groups: ProcessGroups, chunks: list[PolicyModel
     if cfg.train.overlap_grad_reduce:
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return Policy(cfg, groups, chunks, wrapped, optimizer, scheduler)
+
+
+def _in_bf16(config, chunk: PolicyModel) -> Float16Module:
+    """The chunk with bf16 parameters, under the wrapper that converts its inputs and outputs.
+
+    The wrapper converts buffers too, and a selection bias rounded to bf16 chooses other experts: routers keep theirs.
+    """
+    kept = [(buffer, buffer.clone()) for router in all_routers(chunk) for buffer in router.buffers(recurse=False)]
+    wrapper = Float16Module(config, chunk)
+    for buffer, exact in kept:
+        buffer.data = exact
+    return wrapper
 
 
 def _tensors(chunk: PolicyModel) -> list[tuple[str, torch.Tensor]]:

@@ -1,17 +1,17 @@
 """One pass of microbatches through megatron-core's schedules: no pipelining, 1F1B or interleaved, forward or both ways.
 
 The gradient that results is exactly ``sum_t weights[t] * d loss[t]`` over the global batch on every layout. What it
-takes in megatron-core 0.16.1 (each point is a test that fails without it):
+takes in megatron-core 0.16.1:
 
 * the loss function answers a triple; a pair would be divided by the number of microbatches;
-* `finalize_gradients` drops ``num_tokens``, so nothing is divided by a token count either;
+* `finalize_gradients` drops ``num_tokens``, so nothing is divided by a token count, nor is one exchanged;
 * all data-parallel ranks run the same number of microbatches; with interleaving it is a multiple of the pipeline size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -86,6 +86,7 @@ def statistics_pass(pipeline: Pipeline, microbatches: Sequence[MicroBatch], temp
 class _Statistics:
     temperature: float
     need_entropy: bool = False
+    entropy_gradient: bool = False
     trains_mtp: bool = False
 
 
@@ -100,13 +101,16 @@ def _run(
     assert len(microbatches) % pipeline.count_multiple == 0
     for chunk in pipeline.bare:
         chunk.temperature, chunk.need_entropy = head.temperature, head.need_entropy
+        chunk.entropy_gradient = head.entropy_gradient
     bare = {id(wrapped): chunk for wrapped, chunk in zip(pipeline.wrapped, pipeline.bare)}
 
     def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module):
         batch = next(batches)
         plan = routing_plan(batch, pipeline.groups, num_sequences, for_backward=not forward_only)
+        silent = replace(plan, aux_loss_scale=0.0)
         for router in all_routers(bare[id(model)]):
-            router.router_replay.begin(plan)
+            in_decoder = router.router_replay.column is not None
+            router.router_replay.begin(plan if in_decoder or head.trains_mtp else silent)
         mtp_weights = batch.weights if head.trains_mtp else torch.zeros_like(batch.weights)
         output = model(
             batch.tokens,

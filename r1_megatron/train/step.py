@@ -43,8 +43,8 @@ def train_step(
     loss, metrics = _reduce(policy, outputs)
     policy.scheduler.step(increment=1)
     learning_rate = policy.learning_rate
-    grad_norm, updated = math.nan, False
-    if math.isfinite(loss):
+    grad_norm, updated, problem = math.nan, False, ""
+    if math.isfinite(loss) and _gradients_are_finite(policy):
         with cuda_type_names():
             updated, grad_norm, _ = policy.optimizer.step()
     if updated:
@@ -53,15 +53,27 @@ def train_step(
         policy.scheduler.num_steps -= 1
         for bias, before in biases:
             bias.copy_(before)
+        where = _diagnose(policy, batch, objective, num_sequences, loss)
+        problem = f"step {policy.version if step is None else step}: {where}. Parameters are unchanged."
         if policy.cfg.train.on_nonfinite == "stop":
-            where = _diagnose(policy, batch, objective, num_sequences, loss)
             raise NonFiniteError(
-                f"step {policy.version if step is None else step}: {where}. Parameters are unchanged. Lower train.lr, "
-                "look at the samples of this step, or set train.on_nonfinite=skip to go on without such steps."
+                f"{problem} Lower train.lr, look at the samples of this step, "
+                "or set train.on_nonfinite=skip to go on without such steps."
             )
     metrics["actor/lr"] = learning_rate
     metrics["actor/grad_norm"] = float(grad_norm) if updated else math.nan
-    return StepResult(loss=loss, grad_norm=metrics["actor/grad_norm"], updated=bool(updated), metrics=metrics)
+    metrics["train/num_tokens"] = float(batch.num_tokens)
+    return StepResult(loss, metrics["actor/grad_norm"], bool(updated), metrics, problem)
+
+
+def _gradients_are_finite(policy: Policy) -> bool:
+    """megatron-core's plain fp32 optimizer never looks for NaN and Inf; the others do so themselves."""
+    if policy.cfg.train.use_distributed_optimizer or policy.cfg.train.bf16:
+        return True
+    bad = _first_bad(policy, lambda tensor: tensor.main_grad) is not None
+    anywhere = torch.tensor([int(bad)], device=policy.groups.device)
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+    return not anywhere.item()
 
 
 def _selection_biases(policy: Policy) -> list[torch.Tensor]:
@@ -94,8 +106,7 @@ def _reduce(policy: Policy, outputs: list[MicroBatchOutput]) -> tuple[float, dic
         dist.broadcast(values, src=groups.pipeline_ranks[-1], group=groups.pp)
         dist.broadcast(tops, src=groups.pipeline_ranks[-1], group=groups.pp)
     reduced = dict(zip(sums, values[1:].tolist())) | dict(zip(maxima, tops.tolist()))
-    num_tokens = reduced.get("num_tokens", 0.0)
-    return values[0].item(), mean_metrics(reduced) | {"num_tokens": num_tokens}
+    return values[0].item(), mean_metrics(reduced)
 
 
 def _diagnose(policy: Policy, batch: StepBatch, objective: Objective, num_sequences: int, loss: float) -> str:
@@ -135,7 +146,8 @@ def _diagnose(policy: Policy, batch: StepBatch, objective: Objective, num_sequen
                     return f"in microbatch {index} of data-parallel rank {dp_rank}, {text} (seen on rank {rank})"
     finally:
         config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
-    return f"the summed loss is {loss}, though each microbatch by itself is finite: the reduction overflowed"
+    what = "the reduced gradients are" if math.isfinite(loss) else f"the summed loss is {loss} and"
+    return f"{what} not finite, though each microbatch by itself is: a sum over microbatches or ranks overflowed"
 
 
 def _silent(microbatch: MicroBatch) -> MicroBatch:

@@ -38,8 +38,9 @@ LAYOUTS = {
     "tp2pp2ep2": layout(tp=2, pp=2, ep=2),
     "eight": layout(tp=2, pp=2, vpp=2, ep=2, dp=2),
 }
+LAYOUTS["pp4"] = layout(pp=4)
 LAYOUTS["tp2dp2ep4"] = layout(tp=2, dp=2, ep=4)
-# One layer on the first rank, three on the last; and stages as Megatron's layout string says, MTP and loss by themselves.
+# One layer on the first rank, three on the last; stages as Megatron's layout string says, MTP and loss by themselves.
 LAYOUTS["pp2_uneven"] = replace(layout(pp=2), num_layers_in_first_pipeline_stage=1)
 LAYOUTS["pp2_string"] = replace(layout(pp=2), pipeline_model_parallel_layout="Et|t|tt|mL")
 
@@ -49,7 +50,9 @@ PLAN = {
         "gradients",
         "rope",
         "full_rank_query",
+        "tied_embeddings",
         "mtp",
+        "mtp_recomputed",
         "mtp_left_alone",
         "aux_loss",
         "recompute",
@@ -59,6 +62,7 @@ PLAN = {
         "grpo",
         "trajectory",
         "trajectory_plain",
+        "learning_rates",
         "balancing_bias",
         "nonfinite",
         "nonfinite_stop",
@@ -77,7 +81,9 @@ PLAN = {
     ),
     "tp2": (
         "gradients",
+        "tied_embeddings",
         "mtp",
+        "mtp_recomputed",
         "aux_loss",
         "recompute",
         "packing",
@@ -88,6 +94,7 @@ PLAN = {
     ),
     "pp2": (
         "gradients",
+        "tied_embeddings",
         "mtp",
         "mtp_left_alone",
         "packing",
@@ -121,9 +128,12 @@ PLAN = {
     ),
     "tp2ep2": ("gradients", "mtp", "router_replay", "trajectory", "balancing_bias", "balancing_counts", "bf16"),
     "tp2etp2": ("gradients",),
+    "pp4": ("gradients", "router_replay"),
+    "pp2_uneven": ("gradients", "mtp", "router_replay"),
+    "pp2_string": ("mtp", "mtp_left_alone", "mtp_recomputed"),
     "tp2dp2ep4": ("gradients", "one_rank_has_no_sample", "trajectory"),
     "tp2pp2ep2": ("gradients", "aux_loss", "recompute", "logprobs", "router_replay", "grpo", "trajectory", "nonfinite"),
-    "eight": ("gradients", "mtp", "logprobs", "router_replay", "trajectory_overlapped", "bf16"),
+    "eight": ("gradients", "tied_embeddings", "mtp", "logprobs", "router_replay", "trajectory_overlapped", "bf16"),
 }
 
 

@@ -71,19 +71,25 @@ def stage_config(folder: str, parallel: ParallelConfig, sections: dict[str, dict
 # ------------------------------------------------------------------------------------------------------ a whole run
 
 
-def run_grpo(folder: str, parallel: ParallelConfig, sections: dict | None = None) -> list[dict[int, list[int]]]:
-    """A GRPO run. Answers what this rank's replica sampled in each step: tokens by request."""
-    drawn = []
-    generate = grpo.generate
+def run_grpo(folder: str, parallel: ParallelConfig, sections: dict | None = None) -> Answer:
+    """A GRPO run. Answers what this rank's replica sampled in each step, ``samples`` (tokens by request), and the
+    divergence from the reference that each update saw, ``kl``."""
+    drawn, divergences = [], []
+    generate, train_step = grpo.generate, grpo.train_step
 
     def watched(*args):
         rollouts = generate(*args)
         drawn.append({rollout.request: rollout.tokens.tolist() for group in rollouts for rollout in group})
         return rollouts
 
-    with mock.patch.object(grpo, "generate", watched):
+    def learned(*args):
+        result = train_step(*args)
+        divergences.append(result.metrics["actor/kl"])
+        return result
+
+    with mock.patch.object(grpo, "generate", watched), mock.patch.object(grpo, "train_step", learned):
         grpo.run(stage_config(folder, parallel, sections))
-    return drawn
+    return {"samples": drawn, "kl": divergences}
 
 
 def run_sft(folder: str, parallel: ParallelConfig, sections: dict | None = None) -> None:

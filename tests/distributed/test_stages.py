@@ -51,12 +51,12 @@ class Runs:
     def __init__(self, ranks: RankPool, folder: Path):
         self._ranks, self._folder, self._done = ranks, folder, {}
 
-    def grpo(self, options: str, name: str) -> tuple[list[dict], list[dict[int, list[int]]]]:
-        """Rows of ``metrics.jsonl`` and, per step, the tokens of all replicas' samples."""
+    def grpo(self, options: str, name: str) -> tuple[list[dict], list[dict[int, list[int]]], list[float]]:
+        """Rows of ``metrics.jsonl``; per step, the tokens of all replicas' samples; per update, the divergence."""
         if (options, name) not in self._done:
             parallel = LAYOUTS["one"] if name == "one" else PARALLEL[name]
             folder = self._folder / f"{options}_{name}"
-            drawn = self._ranks.run(
+            answers = self._ranks.run(
                 f"{STAGES}:run_grpo",
                 world_size(parallel),
                 timeout_s=300.0,
@@ -64,11 +64,11 @@ class Runs:
                 parallel=parallel,
                 sections=OPTIONS[options],
             )
-            samples: list[dict[int, list[int]]] = [{} for _ in drawn[0]]
-            for rank in drawn:
-                for step, mine in zip(samples, rank):
+            samples: list[dict[int, list[int]]] = [{} for _ in answers[0]["samples"]]
+            for answer in answers:
+                for step, mine in zip(samples, answer["samples"]):
                     assert all(step.setdefault(request, tokens) == tokens for request, tokens in mine.items())
-            self._done[options, name] = rows_of(folder), samples
+            self._done[options, name] = rows_of(folder), samples, answers[0]["kl"]
         return self._done[options, name]
 
 
@@ -82,7 +82,7 @@ def runs(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_one_rank_does_what_the_options_say(runs: Runs, options: str) -> None:
-    rows, samples = runs.grpo(options, "one")
+    rows, samples, kl = runs.grpo(options, "one")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [len(step) for step in samples] == [16, 16, 16]
     updates = 4 if options == "everything" else 1
@@ -95,8 +95,10 @@ def test_one_rank_does_what_the_options_say(runs: Runs, options: str) -> None:
     rates = [row["actor/lr"] for row in rows]
     assert rates[0] > rates[1] > rates[2] > 0
     if options == "everything":
-        # The reference is where the run started, until it is replaced after step 2.
-        assert rows[1]["actor/kl"] > rows[0]["actor/kl"] > 0 and rows[2]["actor/kl"] < rows[1]["actor/kl"]
+        # Four updates a step. The reference is where the run started, until it is replaced after step 2.
+        assert len(kl) == 12
+        assert kl[0] == pytest.approx(0, abs=1e-9) and kl[8] == pytest.approx(0, abs=1e-9)
+        assert min(kl[1:8]) > 1e-4 and min(kl[9:]) > 1e-4
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -107,9 +109,10 @@ def test_no_layout_changes_the_answer(runs: Runs, options: str, name: str) -> No
     After an update the weights of two layouts differ in the last bits, so a draw that falls between two tokens to
     1e-6 could go either way. With these seeds none does.
     """
-    expected, expected_samples = runs.grpo(options, "one")
-    found, samples = runs.grpo(options, name)
+    expected, expected_samples, expected_kl = runs.grpo(options, "one")
+    found, samples, kl = runs.grpo(options, name)
     assert samples == expected_samples
+    assert kl == pytest.approx(expected_kl, rel=1e-4, abs=1e-7)
     assert len(found) == len(expected)
     for row, goal in zip(found, expected):
         names = [key for key in goal if not key.startswith(OTHER)]
@@ -126,7 +129,7 @@ def test_supervised_losses_do_not_depend_on_the_layout(ranks: RankPool, tmp_path
     one, four = rows_of(tmp_path / "one"), rows_of(tmp_path / "tp2pp2")
     assert [row["step"] for row in one] == [1, 2, 3]
     assert one[2]["train/loss"] < one[0]["train/loss"]
-    for key in ("train/loss", "sft/loss", "actor/grad_norm", "actor/lr", "num_tokens"):
+    for key in ("train/loss", "sft/loss", "actor/grad_norm", "actor/lr", "train/num_tokens"):
         assert [row[key] for row in four] == pytest.approx([row[key] for row in one], rel=1e-4)
     assert all(row["train/skipped_updates"] == 0 for row in one)
 
@@ -135,10 +138,10 @@ def test_supervised_losses_do_not_depend_on_the_layout(ranks: RankPool, tmp_path
 def test_a_step_in_which_every_group_is_dropped_updates_nothing(ranks: RankPool, tmp_path: Path, name: str) -> None:
     parallel = LAYOUTS[name]
     sections = {"rl": {"overlong": "keep", "zero_variance_groups": "drop", "kl_coef": 0.1}, "train": {"steps": 2}}
-    drawn = ranks.run(
+    answers = ranks.run(
         f"{STAGES}:run_grpo", world_size(parallel), folder=str(tmp_path), parallel=parallel, sections=sections
     )
-    assert len(drawn[0]) == 2
+    assert len(answers[0]["samples"]) == 2 and answers[0]["kl"] == []
     for row in rows_of(tmp_path):
         assert row["rl/dropped_groups"] == 4
         assert (row["train/updates"], row["train/skipped_updates"]) == (0, 0)

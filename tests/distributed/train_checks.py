@@ -107,6 +107,7 @@ class WeightedNll:
 
     temperature: float = 1.0
     need_entropy: bool = False
+    entropy_gradient: bool = False
     trains_mtp: bool = True
 
     def __call__(self, nll: torch.Tensor, entropy: torch.Tensor | None, batch: MicroBatch):

@@ -22,7 +22,7 @@ stage: grpo
 name: small
 model:
   preset: demo
-  num_layers: 3
+  num_layers: 4
   hidden_size: 64
   ffn_hidden_size: 128
   moe_ffn_hidden_size: 32

@@ -64,22 +64,40 @@ def test_a_rank_killed_in_the_middle_of_training(work: Path) -> None:
     assert launched["exit_code"] == 137 and "rank 1 was killed by SIGKILL" in launched["failure"]
 
 
-def test_ctrl_c_in_the_middle_of_training(work: Path) -> None:
-    process = start(work, "output_dir=run", *DP2, *ENDLESS, "checkpoint.interval=1")
+def test_ctrl_c_ends_after_the_step_with_a_checkpoint(work: Path) -> None:
+    process = start(work, "output_dir=run", *DP2, *ENDLESS)
     try:
         wait_for_steps(process, work / "run/metrics.jsonl", 2)
         family = family_of(process)
         process.send_signal(signal.SIGINT)
+        shown, errors = ends_soon(process)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    num_steps = whole(work / "run")
+    checkpoint = f"run/checkpoints/step_{num_steps:06d}"
+    assert num_steps >= 2 and (work / checkpoint / "checkpoint.json").is_file()
+    assert "SIGINT: ending after this step, with a checkpoint." in shown
+    assert f"ended by SIGINT. Run folder: run. Last whole checkpoint: {checkpoint}." in errors
+    assert "r1-megatron report run" in errors and "Traceback" not in errors
+    assert all_gone(family)
+
+
+def test_ctrl_c_twice_ends_at_once(work: Path) -> None:
+    process = start(work, "output_dir=run", *DP2, *ENDLESS, "rollout.prompts_per_step=64")
+    try:
+        wait_for_steps(process, work / "run/metrics.jsonl", 1)
+        family = family_of(process)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
         _, errors = ends_soon(process)
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "ended by SIGINT. Run folder: run. Last whole checkpoint: run/checkpoints/step_" in errors
-    assert "r1-megatron report run" in errors and "Traceback" not in errors
+    assert "ended by SIGINT. Run folder: run. Last whole checkpoint: " in errors and "Traceback" not in errors
     assert all_gone(family)
-    assert whole(work / "run") >= 2
-    named = errors.split("Last whole checkpoint: ")[1].split(".\n")[0]
-    assert (work / named / "checkpoint.json").is_file()
+    assert whole(work / "run") >= 1
 
 
 def test_a_reward_that_raises_in_the_middle_of_training(work: Path) -> None:

@@ -11,12 +11,8 @@ import pytest
 from r1_megatron.config.load import load_config
 from tests.e2e.runs import prepare, rows_of, train
 
-PP2 = ("parallel.pipeline_model_parallel_size=2", "model.num_layers=4")
-EP2 = (
-    "parallel.data_parallel_size=2",
-    "parallel.expert_model_parallel_size=2",
-    "model.num_layers=4",
-)
+PP2 = ("parallel.pipeline_model_parallel_size=2",)
+EP2 = ("parallel.data_parallel_size=2", "parallel.expert_model_parallel_size=2")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,117 @@
+"""A step of GRPO in numbers and samples, over all ranks: what the log writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from r1_megatron.stages.setup import Run
+from r1_megatron.telemetry.metrics import Metrics
+from r1_megatron.types import GradedGroup, StepResult, TrainSample
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The samples of one optimizer step on this rank; the counts are over all ranks.
+
+    ``num_tokens`` counts tokens that carry loss, ``num_sequences`` all sequences.
+    """
+
+    samples: list[TrainSample]
+    num_tokens: int
+    num_sequences: int
+
+
+class StepReport:
+    """Collects what happens on the way through a step."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self.num_dropped = 0
+        self.num_failed = 0
+        self.errors: tuple[str, ...] = ()
+
+    def metrics(
+        self, graded: Sequence[Sequence[GradedGroup]], minibatches: Sequence[Minibatch], results: Sequence[StepResult]
+    ) -> dict[str, float]:
+        """The step's metrics (names in ``telemetry/metrics.py``). Collective; also shows what failed and was passed."""
+        mine = Metrics()
+        if self._run.groups.is_replica_writer:
+            self._of_rollouts(mine, [group for block in graded for group in block])
+            self._of_samples(mine, [sample for minibatch in minibatches for sample in minibatch.samples])
+        if torch.cuda.is_available():
+            mine.max("perf/max_memory_allocated_gb", torch.cuda.max_memory_allocated() / 1e9)
+        everyone: list[tuple[Metrics, tuple[str, ...]]] = [(mine, ())] * dist.get_world_size()
+        dist.all_gather_object(everyone, (mine, self.errors if self._run.grader is not None else ()))
+        metrics = mine.reduce(lambda _: [part for part, _ in everyone]).result()
+        for error in (error for _, errors in everyone for error in errors):
+            self._run.log.note(f"reward failed, counted as zero: {error}")
+        for problem in (result.problem for result in results if result.problem):
+            self._run.log.note(f"update skipped: {problem}")
+        return metrics | self._of_updates(results)
+
+    def sample_rows(self, graded: Sequence[Sequence[GradedGroup]]) -> Iterator[dict[str, Any]]:
+        """This replica's completions, as `samples.jsonl` wants them."""
+        for group in (group for block in graded for group in block):
+            for i, (rollout, reward) in enumerate(zip(group.rollouts, group.rewards)):
+                yield {
+                    "prompt": group.prompt.text,
+                    "response": rollout.text,
+                    "label": group.prompt.label,
+                    "reward": float(reward),
+                    "components": {name: float(values[i]) for name, values in group.components.items()},
+                    "finish": rollout.finish,
+                    "prompt_tokens": rollout.prompt_len,
+                    "response_tokens": rollout.num_response,
+                }
+
+    def _of_rollouts(self, mine: Metrics, groups: Sequence[GradedGroup]) -> None:
+        penalty = self._run.cfg.rl.overlong_penalty
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        scores = [group.rewards - penalty * group.components.get("overlong", 0.0) for group in groups]
+        mine.distribution("critic/score", _flat(scores), ("mean", "max", "min"))
+        mine.distribution("critic/rewards", _flat(group.rewards for group in groups), ("mean", "max", "min"))
+        for group in groups:
+            for name, values in group.components.items():
+                mine.distribution(f"reward/{name}", _flat([values]), ("mean",))
+        mine.distribution("response_length", [rollout.num_response for rollout in rollouts], ("mean", "max", "min"))
+        mine.distribution("prompt_length", [rollout.prompt_len for rollout in rollouts], ("mean", "max"))
+        for rollout in rollouts:
+            mine.mean("response_length/clip_ratio", rollout.finish == "length")
+        mine.sum("rl/dropped_groups", self.num_dropped)
+        mine.sum("reward/failed", self.num_failed)
+        mine.sum("perf/total_num_tokens", sum(len(rollout.tokens) for rollout in rollouts))
+        for name, value in self._run.engine.metrics.items():
+            (mine.sum if name.endswith(("num_tokens", "per_s")) else mine.max)(name, value)
+
+    @staticmethod
+    def _of_samples(mine: Metrics, samples: Sequence[TrainSample]) -> None:
+        mine.distribution("critic/advantages", _flat(sample.advantages[sample.loss_mask] for sample in samples))
+
+    @staticmethod
+    def _of_updates(results: Sequence[StepResult]) -> dict[str, float]:
+        """Means over the updates that were made; they are the same on every rank."""
+        made = [result for result in results if result.updated]
+        metrics: dict[str, float] = {}
+        for name in sorted({name for result in made for name in result.metrics}):
+            values = [result.metrics[name] for result in made]
+            metrics[name] = largest(values) if name.endswith("_max") else sum(values) / len(values)
+        if made:
+            metrics["train/loss"] = sum(result.loss for result in made) / len(made)
+        metrics["train/updates"] = float(len(made))
+        metrics["train/skipped_updates"] = float(len(results) - len(made))
+        return metrics
+
+
+def largest(values: Sequence[float]) -> float:
+    """The maximum, NaN if there is one: a NaN must not pass for a small difference."""
+    return math.nan if any(math.isnan(value) for value in values) else max(values)
+
+
+def _flat(arrays) -> list[float]:
+    return [float(value) for array in arrays for value in array]
