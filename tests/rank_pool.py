@@ -19,7 +19,8 @@ What is promised:
 * a rank that dies (signal, ``os._exit``) does the same, with its exit status and what it printed;
 * a call that takes longer than ``timeout_s`` raises :class:`RankTimeout` with the stacks of all threads of every rank
   that had not finished, and ends them all;
-* nothing outlives the pytest session: the nursery ends its children when the control socket closes.
+* nothing outlives a call, processes that a rank has started included, nor the pytest session: the nursery ends its
+  children when the control socket closes.
 
 Ranks run on the CPU only (no CUDA device is visible to them), one thread each.
 """
@@ -41,7 +42,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
@@ -368,6 +369,7 @@ def _nursery_main(address: str) -> None:
             if ready is not control:
                 os.read(wake_read, 4096)
                 for pid, status in iter(_reap, None):
+                    _kill([pid])  # what the rank has started and left behind
                     control.send((alive.pop(pid), pid, status))
                 continue
             try:
@@ -386,6 +388,8 @@ def _nursery_main(address: str) -> None:
                 for descriptor in (control.fileno(), wake_read, wake_write):
                     os.close(descriptor)
                 _rank_main(address, *request)
+            with contextlib.suppress(PermissionError, ProcessLookupError):  # the rank does it too: whoever is first
+                os.setpgid(pid, pid)
             alive[pid] = request[0]
 
 
@@ -403,10 +407,11 @@ def _reap() -> tuple[int, int] | None:
     return (pid, status) if pid else None
 
 
-def _kill(pids: dict[int, int]) -> None:
+def _kill(pids: Iterable[int]) -> None:
+    """End ranks with all processes they have started: each rank leads a process group."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
 
 
 def _rank_main(address: str, rank: int, world_size: int, folder: str, port: int) -> None:
@@ -415,6 +420,7 @@ def _rank_main(address: str, rank: int, world_size: int, folder: str, port: int)
     A rank that is done stays until all are: its open connections would otherwise make the others fail for a reason
     that is not theirs.
     """
+    os.setpgid(0, 0)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive the nursery
     output = os.open(f"{folder}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

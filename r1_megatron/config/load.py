@@ -270,7 +270,7 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
             value = float(value)  # PyYAML reads 1e-4 as text: YAML 1.1 wants 1.0e-4
         if isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST:
             return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    elif hint in (int, bool, str) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     problems.append(f"{path}: expected {_describe(hint)}, got {_show(value)}.")
     return value

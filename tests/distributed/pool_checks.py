@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -76,6 +77,14 @@ def hang_on(rank: int) -> None:
 def sleep_forever() -> None:
     while True:
         time.sleep(3600)
+
+
+def leave_a_process_behind(dies: bool) -> int:
+    """Start a process that would live for an hour; answers its id."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    if dies:
+        raise RuntimeError(f"child {child.pid}")
+    return child.pid
 
 
 def unpicklable() -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,29 @@ def test_a_hang_shows_every_stack(ranks: RankPool) -> None:
     assert ranks.run(pool_checks.ring, 2, offset=0) == [(1, 1), (0, 1)]
 
 
+def test_a_rank_leaves_no_process_behind(ranks: RankPool) -> None:
+    (left,) = ranks.run(pool_checks.leave_a_process_behind, 1, dies=False)
+    assert gone([left])
+    with pytest.raises(RankError, match="child") as caught:
+        ranks.run(pool_checks.leave_a_process_behind, 1, dies=True)
+    assert gone([int(caught.value.failures[0].message.split()[-1])])
+
+
+def gone(pids: list[int]) -> bool:
+    """True as soon as none of the processes runs (one that nobody has reaped yet does not)."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    deadline = time.monotonic() + 5
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(runs, pids))
+
+
 def test_bad_calls_are_refused(ranks: RankPool) -> None:
     with pytest.raises(ValueError, match="runs 1 to 8 ranks"):
         ranks.run(pool_checks.ring, 9, offset=0)
@@ -87,7 +111,4 @@ def test_nothing_outlives_the_pool() -> None:
     assert nursery is not None
     pool.close()
     assert nursery.returncode == 0
-    deadline = time.monotonic() + 5
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert gone(pids)

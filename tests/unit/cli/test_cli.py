@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -25,7 +26,8 @@ def launched(monkeypatch, tmp_path):
     (tmp_path / "run.yaml").write_text("name: trial\noutput_dir: out\nparallel: {device: cpu, data_parallel_size: 2}\n")
     calls = []
 
-    def fake_launch(command, world_size, *, log_dir):
+    def fake_launch(command, world_size, *, log_dir, stop_signal):
+        assert stop_signal == signal.SIGUSR1
         calls.append((command, world_size, log_dir))
         return fake_launch.result
 

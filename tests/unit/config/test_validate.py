@@ -44,6 +44,7 @@ CASES = [
     (["model.layernorm_epsilon=0"], r"layernorm_epsilon=0.0 has to be greater than 0"),
     # rewards
     (["data.source=countdown", "tokenizer.kind=countdown"], r"terms.0.function=accuracy cannot read .* Use countdown"),
+    (["train.bf16=true"], r"rl.probs_diff_limit=0.001 would stop a bf16 run at once"),
     # model
     (["model.qk_pos_emb_head_dim=15"], r"has to be even"),
     (["model.first_k_dense_replace=5"], r"first_k_dense_replace\(5\) exceeds model.num_layers\(4\)"),
@@ -148,12 +149,15 @@ def test_each_contradiction_is_named(tmp_path: Path, overrides: list[str], messa
         ["rl.clip_ratio_low=10", "rl.clip_ratio_high=10"],
         ["parallel.tensor_model_parallel_size=4", "model.vocab_size=261"],  # padded
         ["model.mtp_num_layers=1"],
-        ["train.bf16=true"],
+        ["train.bf16=true", "rl.probs_diff_limit=1.0"],
+        ["train.bf16=true", "rl.on_probs_diff=warn"],
         ["train.recompute_granularity=selective", "train.recompute_modules=[mla_up_proj, mlp, moe, shared_experts]"],
         [
             "parallel.device=cuda",
             "train.recompute_granularity=selective",
             "train.recompute_modules=[core_attn, layernorm, moe_act]",
+            "train.bf16=true",
+            "rl.probs_diff_limit=null",
         ],
         [
             "parallel.pipeline_model_parallel_size=2",
