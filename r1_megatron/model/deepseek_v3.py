@@ -26,8 +26,10 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from r1_megatron.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from r1_megatron.model.attention import CausalAttention
 from r1_megatron.model.latent_attention import LatentAttention
+from r1_megatron.model.multi_token import PackedMultiTokenPredictionLayer
 from r1_megatron.model.norm import RMSNorm
 from r1_megatron.model.routing import PackedRouter
+from r1_megatron.topology import Topology
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -125,7 +127,8 @@ def transformer_config(
         sequence_parallel=parallel.tensor_model_parallel_size > 1,
         variable_seq_lengths=True,
         batch_p2p_comm=False,
-        overlap_p2p_comm=vpp is not None,  # interleaving with variable lengths aborts without it
+        # Interleaving with variable lengths aborts without it; a layout string can imply interleaving.
+        overlap_p2p_comm=Topology.from_config(parallel).vpp > 1,
         **stages,
         # numerics
         bf16=train.bf16,
@@ -154,8 +157,9 @@ def layer_specs(config: MLATransformerConfig, transformer_engine: bool, vp_stage
         mtp = get_gpt_mtp_block_spec(
             config, _our_layer(last, transformer_engine), use_transformer_engine=transformer_engine, vp_stage=vp_stage
         )
-        if mtp is not None and not transformer_engine:
-            for layer in mtp.layer_specs:
+        for layer in [] if mtp is None else mtp.layer_specs:
+            layer.module = PackedMultiTokenPredictionLayer
+            if not transformer_engine:
                 layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = RMSNorm
     return block, mtp
 

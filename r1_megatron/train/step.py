@@ -119,31 +119,31 @@ def _diagnose(policy: Policy, batch: StepBatch, objective: Objective, num_sequen
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
     no_sync, config.no_sync_func = config.no_sync_func, None
     try:
-        with contextlib.ExitStack() as stack:
+        for index, microbatch in enumerate(batch.microbatches):
             for chunk in policy.wrapped:
-                stack.enter_context(chunk.no_sync())
-            for index, microbatch in enumerate(batch.microbatches):
-                for chunk in policy.wrapped:
-                    chunk.zero_grad_buffer()
-                fillers = [_silent(microbatch)] * (policy.pipeline.count_multiple - 1)
+                chunk.zero_grad_buffer()
+            fillers = [_silent(microbatch)] * (policy.pipeline.count_multiple - 1)
+            with contextlib.ExitStack() as stack:
+                for chunk in policy.wrapped:  # only now: zero_grad_buffer() ends a no_sync scope
+                    stack.enter_context(chunk.no_sync())
                 outputs = train_pass(policy.pipeline, [microbatch, *fillers], objective, num_sequences)
-                bad_loss = [output.loss.item() for output in outputs if not torch.isfinite(output.loss)]
-                name = _first_bad(policy, lambda tensor: tensor.main_grad)
-                mine = None
-                if bad_loss:
-                    mine = f"the loss is {bad_loss[0]}, first bad gradient: {name or 'none'}"
-                elif name:
-                    mine = f"the gradient of {name} is not finite"
-                # A bad loss comes before the bad gradients it causes on other ranks.
-                reports = [
-                    (not text.startswith("the loss"), rank, text)
-                    for rank, text in enumerate(_from_all_ranks(mine))
-                    if text
-                ]
-                if reports:
-                    _, rank, text = min(reports)
-                    dp_rank = rank // groups.topology.tp % groups.topology.dp
-                    return f"in microbatch {index} of data-parallel rank {dp_rank}, {text} (seen on rank {rank})"
+            bad_loss = [output.loss.item() for output in outputs if not torch.isfinite(output.loss)]
+            name = _first_bad(policy, lambda tensor: tensor.main_grad)
+            mine = None
+            if bad_loss:
+                mine = f"the loss is {bad_loss[0]}, first bad gradient: {name or 'none'}"
+            elif name:
+                mine = f"the gradient of {name} is not finite"
+            # A bad loss comes before the bad gradients it causes on other ranks.
+            reports = [
+                (not text.startswith("the loss"), rank, text)
+                for rank, text in enumerate(_from_all_ranks(mine))
+                if text
+            ]
+            if reports:
+                _, rank, text = min(reports)
+                dp_rank = rank // groups.topology.tp % groups.topology.dp
+                return f"in microbatch {index} of data-parallel rank {dp_rank}, {text} (seen on rank {rank})"
     finally:
         config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
     what = "the reduced gradients are" if math.isfinite(loss) else f"the summed loss is {loss} and"
