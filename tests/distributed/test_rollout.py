@@ -18,6 +18,8 @@ TOLERANCE = 1e-4
 TIE = 1e-6
 CASES: dict[str, dict[str, Any]] = {
     **{name: {"parallel": parallel} for name, parallel in LAYOUTS.items() if name != "one"},
+    # The string places a multi-token-prediction layer, which sampling leaves out.
+    "pp2_string": {"parallel": LAYOUTS["pp2_string"], "model": replace(checks.MODEL, mtp_num_layers=1)},
     "ep2_uneven": {"parallel": LAYOUTS["ep2"], "uneven": True},
     "tp2ep4_uneven": {"parallel": layout(tp=2, ep=4, dp=2), "uneven": True},
     "eight_ep4_uneven": {"parallel": layout(tp=2, pp=2, vpp=2, ep=4, dp=2), "uneven": True},

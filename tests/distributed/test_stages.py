@@ -112,7 +112,7 @@ def test_no_layout_changes_the_answer(runs: Runs, options: str, name: str) -> No
     expected, expected_samples, expected_kl = runs.grpo(options, "one")
     found, samples, kl = runs.grpo(options, name)
     assert samples == expected_samples
-    assert kl == pytest.approx(expected_kl, rel=1e-4, abs=1e-7)
+    assert kl == pytest.approx(expected_kl, rel=1e-3, abs=1e-7)  # second order in differences of 1e-2
     assert len(found) == len(expected)
     for row, goal in zip(found, expected):
         names = [key for key in goal if not key.startswith(OTHER)]
@@ -190,9 +190,9 @@ def test_nonfinite_numbers_can_be_skipped(ranks: RankPool, tmp_path: Path, name:
     rows = rows_of(tmp_path)
     assert [row["train/skipped_updates"] for row in rows] == [0, 1, 0]
     assert [row["train/updates"] for row in rows] == [1, 0, 1]
-    rates = [row["actor/lr"] for row in rows]
-    assert rates[0] > rates[1] == rates[2]
-    assert rows[2]["actor/grad_norm"] > 0 and "nonfinite" not in rows[2]
+    assert "actor/lr" not in rows[1]  # means over updates: there was none
+    assert [row["actor/lr"] for row in (rows[0], rows[2])] == pytest.approx([0.9e-4, 0.8e-4])
+    assert all(row["actor/grad_norm"] > 0 and "nonfinite" not in row for row in (rows[0], rows[2]))
 
 
 # -------------------------------------------------------------------------------------- rollout against training
@@ -234,7 +234,7 @@ def test_nan_is_above_every_limit() -> None:
 
 
 def test_no_update_hides_the_nan_of_another() -> None:
-    from r1_megatron.stages.grpo import largest
+    from r1_megatron.stages.step_report import largest
 
     assert math.isnan(largest([1.0, math.nan])) and math.isnan(largest([math.nan, 1.0]))
     assert largest([1.0, 3.0, 2.0]) == 3.0
