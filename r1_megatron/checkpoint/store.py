@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import queue
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
@@ -62,6 +64,9 @@ def save_weights(
                 shutil.rmtree(partial)
             partial.mkdir(parents=True)
     _raise_together(error, FileExistsError)
+    # megatron-core hands results over through a manager process, for writers that work in the background. Ours write
+    # here and now: an ordinary queue saves an interpreter (195 MB, 2.5 s) on every rank.
+    filesystem_async._results_queue = queue.Queue()
     with cuda_type_names():
         dist_checkpointing.save(
             _sharded_state(chunks, groups), str(partial), TorchDistSaveShardedStrategy("torch_dist", 1)
