@@ -34,9 +34,11 @@ from r1_megatron.config.schema import (
 from r1_megatron.config.validate import check_config
 from r1_megatron.model.build import build_model
 from r1_megatron.model.parameters import GlobalParameter, global_parameters
+from r1_megatron.model.routing import chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups, build_process_groups
 from r1_megatron.stages import grpo, sft
-from r1_megatron.train.policy import Policy
+from r1_megatron.stages import setup as stage_setup
+from r1_megatron.train.policy import Policy, build_policy
 from r1_megatron.types import StepBatch
 from tests.tiny import TINY
 
@@ -96,6 +98,48 @@ def run_sft(folder: str, parallel: ParallelConfig, sections: dict | None = None)
     sft.run(replace(stage_config(folder, parallel, sections), stage="sft"))
 
 
+def run_sft_on_rows(folder: str, rows: str) -> tuple[str, str]:
+    """Supervised fine-tuning on a JSONL file, one rank. Type and text of what ends it."""
+    data = replace(BASE.data, source="jsonl", path=rows, max_prompt_tokens=8)
+    try:
+        sft.run(replace(BASE, output_dir=folder, stage="sft", data=data))
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
+
+
+def stopped_grpo(folder: str, parallel: ParallelConfig) -> None:
+    """A GRPO run whose last rank is asked to end in the second step."""
+    asked = [False]
+    train_step = grpo.train_step
+
+    def ask_in_step_two(policy: Policy, *args):
+        asked[0] = policy.groups.rank == torch.distributed.get_world_size() - 1 and policy.version == 1
+        return train_step(policy, *args)
+
+    with (
+        mock.patch.object(grpo, "train_step", ask_in_step_two),
+        mock.patch.object(stage_setup, "stop_requested", lambda: asked[0]),
+    ):
+        grpo.run(stage_config(folder, parallel))
+
+
+def biases_in_bf16() -> list[tuple[str, bool]]:
+    """Builds a bf16 policy over selection biases that bf16 cannot hold; per router, dtypes and whether they kept."""
+    cfg = replace(BASE, train=replace(BASE.train, bf16=True), rl=replace(BASE.rl, probs_diff_limit=None))
+    groups = build_process_groups(cfg.parallel)
+    chunks = build_model(cfg, groups)
+    exact = torch.linspace(3.0, 3.007, cfg.model.num_moe_experts)
+    for router in chunk_routers(chunks[0]):
+        router.expert_bias.copy_(exact)
+    policy = build_policy(cfg, groups, chunks)
+    answers = []
+    for router in chunk_routers(policy.chunks[0]):
+        dtypes = f"{router.expert_bias.dtype} {router.local_tokens_per_expert.dtype} {router.weight.dtype}"
+        answers.append((dtypes, torch.equal(router.expert_bias, exact)))
+    return answers
+
+
 def failure_of_grpo(folder: str, parallel: ParallelConfig, sections: dict | None = None) -> tuple[str, str]:
     """Type and text of the exception that ends the run on this rank."""
     try:
@@ -112,13 +156,14 @@ SPOILED_MICROBATCH = 1
 SPOILED_PARAMETER = "decoder.layers.2.self_attention.linear_proj.weight"
 
 
-def nonfinite(folder: str, parallel: ParallelConfig, kind: str, on_nonfinite: str) -> Answer:
+def nonfinite(folder: str, parallel: ParallelConfig, kind: str, on_nonfinite: str, distributed: bool = True) -> Answer:
     """A GRPO run in whose second step one microbatch of the last data-parallel rank goes bad.
 
     ``kind``: "weights", a NaN among its loss weights; "gradient", a NaN in the gradient of one parameter, for that
-    microbatch only; "parameter", a NaN in one parameter before the step.
+    microbatch only; "parameter", a NaN in one parameter before the step. ``distributed``: which optimizer.
     """
-    cfg = stage_config(folder, parallel, {"train": {"on_nonfinite": on_nonfinite}})
+    train = {"on_nonfinite": on_nonfinite, "use_distributed_optimizer": distributed}
+    cfg = stage_config(folder, parallel, {"train": train})
     answer: Answer = {"message": None, "versions": []}
     train_step = grpo.train_step
 

@@ -35,7 +35,16 @@ EVERYTHING = {
     "rollout": {"router_replay": True},
     "sampling": {"temperature": 0.8, "top_p": 0.95},
 }
-OPTIONS = {"plain": {}, "everything": EVERYTHING}
+OPTIONS = {
+    "plain": {},
+    "everything": EVERYTHING,
+    # Ways to compute the same.
+    "overlapped": {**EVERYTHING, "train": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    "recomputed": {
+        "model": {"mtp_num_layers": 1},
+        "train": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    },
+}
 PARALLEL = {name: LAYOUTS[name] for name in ("dp2", "ep2", "tp2", "pp2", "pp2vpp2")} | {"tp2pp2": TP2PP2}
 # Not the policy's doing: clocks and memory, and noise around zero.
 OTHER = ("time", "timing_s/", "perf/", "rollout/", "training/", "actor/ppo_kl", "nonfinite")
@@ -80,7 +89,7 @@ def runs(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 # ------------------------------------------------------------------------------------- parallelism changes no answer
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", ["plain", "everything"])
 def test_one_rank_does_what_the_options_say(runs: Runs, options: str) -> None:
     rows, samples, kl = runs.grpo(options, "one")
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -101,7 +110,7 @@ def test_one_rank_does_what_the_options_say(runs: Runs, options: str) -> None:
         assert min(kl[1:8]) > 1e-4 and min(kl[9:]) > 1e-4
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", ["plain", "everything"])
 @pytest.mark.parametrize("name", PARALLEL)
 def test_no_layout_changes_the_answer(runs: Runs, options: str, name: str) -> None:
     """Same samples, token by token, in every step, and the same numbers to rounding.
@@ -109,8 +118,20 @@ def test_no_layout_changes_the_answer(runs: Runs, options: str, name: str) -> No
     After an update the weights of two layouts differ in the last bits, so a draw that falls between two tokens to
     1e-6 could go either way. With these seeds none does.
     """
-    expected, expected_samples, expected_kl = runs.grpo(options, "one")
-    found, samples, kl = runs.grpo(options, name)
+    assert_same(runs.grpo(options, "one"), runs.grpo(options, name))
+
+
+@pytest.mark.parametrize(
+    "options, name, reference", [("overlapped", "dp2", "everything"), ("recomputed", "pp2vpp2", "plain")]
+)
+def test_no_way_to_compute_changes_the_answer(runs: Runs, options: str, name: str, reference: str) -> None:
+    """Overlapped communication; full recompute, and a multi-token-prediction layer, which GRPO leaves alone."""
+    assert_same(runs.grpo(reference, "one"), runs.grpo(options, name))
+
+
+def assert_same(expected_run, found_run) -> None:
+    expected, expected_samples, expected_kl = expected_run
+    found, samples, kl = found_run
     assert samples == expected_samples
     assert kl == pytest.approx(expected_kl, rel=1e-3, abs=1e-7)  # second order in differences of 1e-2
     assert len(found) == len(expected)
@@ -132,6 +153,27 @@ def test_supervised_losses_do_not_depend_on_the_layout(ranks: RankPool, tmp_path
     for key in ("train/loss", "sft/loss", "actor/grad_norm", "actor/lr", "train/num_tokens"):
         assert [row[key] for row in four] == pytest.approx([row[key] for row in one], rel=1e-4)
     assert all(row["train/skipped_updates"] == 0 for row in one)
+
+
+def test_supervised_rows_come_from_a_file(ranks: RankPool, tmp_path: Path) -> None:
+    """A prompt may come twice, and be longer than a rollout's may; a bad line is named."""
+    rows = [("3+4=", "<answer>7</answer>"), ("3+4=", "7"), ("1+1+1+1+1+1+1+1=", "8")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows))
+    (answer,) = ranks.run(f"{STAGES}:run_sft_on_rows", 1, folder=str(tmp_path / "run"), rows=str(path))
+    assert answer == ("", "no error")
+    assert len(rows_of(tmp_path / "run")) == 3
+    path.write_text('{"prompt": "3+4="}\n')
+    (answer,) = ranks.run(f"{STAGES}:run_sft_on_rows", 1, folder=str(tmp_path / "refused"), rows=str(path))
+    assert answer[0] == "ValueError" and "line 1: no 'response'" in answer[1]
+
+
+def test_a_run_that_is_asked_to_end_saves_first(ranks: RankPool, tmp_path: Path) -> None:
+    """One rank hears of it; all end after the same step, with a checkpoint."""
+    ranks.run(f"{STAGES}:stopped_grpo", 2, folder=str(tmp_path), parallel=LAYOUTS["pp2"])
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
+    assert (tmp_path / "checkpoints/step_000002/checkpoint.json").is_file()
+    assert not (tmp_path / "checkpoints/final").exists()
 
 
 @pytest.mark.parametrize("name", ["one", "ep2"])
@@ -179,6 +221,19 @@ def test_nonfinite_numbers_end_the_run_and_are_named(ranks: RankPool, tmp_path: 
     assert "train.on_nonfinite=skip" in message
     assert [row["step"] for row in rows_of(tmp_path)] == [1]
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["one", "dp2"])
+def test_the_plain_optimizer_writes_no_nan_either(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    options = {"parallel": LAYOUTS[name], "kind": "gradient", "on_nonfinite": "stop", "distributed": False}
+    for answer in ranks.run(f"{STAGES}:nonfinite", world_size(LAYOUTS[name]), folder=str(tmp_path), **options):
+        assert answer["unchanged"] and "the gradient of decoder.layers.2" in answer["message"]
+
+
+def test_bf16_keeps_the_selection_biases_exact(ranks: RankPool) -> None:
+    """Rounded to bf16 they would choose other experts."""
+    (answers,) = ranks.run(f"{STAGES}:biases_in_bf16", 1)
+    assert answers == [("torch.float32 torch.float32 torch.bfloat16", True)] * 3
 
 
 @pytest.mark.parametrize("kind", ["weights", "gradient"])
