@@ -186,10 +186,10 @@ def _in_bf16(config, chunk: PolicyModel) -> Float16Module:
 
     The wrapper converts buffers too, and a selection bias rounded to bf16 chooses other experts: routers keep theirs.
     """
-    kept = [(buffer, buffer.clone()) for router in all_routers(chunk) for buffer in router.buffers(recurse=False)]
+    exact = [(router, name, buffer) for router in all_routers(chunk) for name, buffer in router.named_buffers()]
     wrapper = Float16Module(config, chunk)
-    for buffer, exact in kept:
-        buffer.data = exact
+    for router, name, buffer in exact:
+        setattr(router, name, buffer)
     return wrapper
 
 

@@ -39,6 +39,7 @@ LAYOUTS = {
     "eight": layout(tp=2, pp=2, vpp=2, ep=2, dp=2),
 }
 LAYOUTS["pp4"] = layout(pp=4)
+LAYOUTS["tp2ep2etp2"] = layout(tp=2, ep=2, etp=2, dp=2)
 LAYOUTS["tp2dp2ep4"] = layout(tp=2, dp=2, ep=4)
 # One layer on the first rank, three on the last; stages as Megatron's layout string says, MTP and loss by themselves.
 LAYOUTS["pp2_uneven"] = replace(layout(pp=2), num_layers_in_first_pipeline_stage=1)
@@ -128,6 +129,7 @@ PLAN = {
     ),
     "tp2ep2": ("gradients", "mtp", "router_replay", "trajectory", "balancing_bias", "balancing_counts", "bf16"),
     "tp2etp2": ("gradients",),
+    "tp2ep2etp2": ("gradients", "one_rank_has_no_sample", "recompute", "trajectory"),
     "pp4": ("gradients", "router_replay"),
     "pp2_uneven": ("gradients", "mtp", "router_replay"),
     "pp2_string": ("mtp", "mtp_left_alone", "mtp_recomputed"),

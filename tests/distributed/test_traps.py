@@ -32,6 +32,7 @@ def without(ranks: RankPool, references: Path, remedy: str, layout: str, check: 
         ("expert_reduction", "tp2", "gradients", 0.1),
         ("replicated_down_projections", "tp2", "gradients", 0.1),
         ("masked_vocabulary", "tp2", "gradients", 1e-3),
+        ("sequence_parallel_norms", "tp2", "gradients", 0.1),
         ("loss_triple", "one", "gradients", 0.5),
         ("balance_loss_per_sequence", "one", "aux_loss", 1e-3),
     ],
@@ -62,6 +63,12 @@ def test_nan_is_written_without_a_loss_scale(ranks: RankPool, references: Path) 
 def test_padding_is_counted_by_megatron(ranks: RankPool, references: Path) -> None:
     answers = without(ranks, references, "padding_is_not_counted", "tp2", "balancing_counts")
     assert answers[0]["counted"] > answers[0]["expected"]
+
+
+@pytest.mark.parametrize(("remedy", "layout"), [("uneven_collectives", "tp2ep2etp2"), ("splits_on_host", "ep2")])
+def test_gloo_needs(ranks: RankPool, references: Path, remedy: str, layout: str) -> None:
+    with pytest.raises(RankError):
+        without(ranks, references, remedy, layout, "gradients")
 
 
 def test_interleaving_with_variable_lengths_needs_overlapped_sends(ranks: RankPool, references: Path) -> None:

@@ -12,7 +12,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.moe.router import TopKRouter
 
 from r1_megatron.config.schema import ParallelConfig
-from r1_megatron.model import build, deepseek_v3, policy_model, routing
+from r1_megatron.model import build, deepseek_v3, norm, policy_model, routing
+from r1_megatron.parallel import device
 from r1_megatron.train import optimizer, schedule
 from tests.distributed.train_checks import run
 
@@ -35,6 +36,27 @@ def masked_vocabulary() -> None:
         return original(logits, labels, vocab_size=logits.shape[-1] * group.size(), group=group, **kwargs)
 
     policy_model.token_statistics = unmasked
+
+
+def sequence_parallel_norms() -> None:
+    """A norm's weight that is not marked: its gradient stays one tensor-parallel rank's part."""
+    original = norm.RMSNorm.__init__
+
+    def unmarked(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.weight.sequence_parallel = False
+
+    norm.RMSNorm.__init__ = unmarked
+
+
+def uneven_collectives() -> None:
+    """Gloo under expert tensor parallelism."""
+    device._uneven_collectives = lambda: None
+
+
+def splits_on_host() -> None:
+    """The token dispatcher leaves its split sizes as a tensor off CUDA."""
+    device._splits_on_host = lambda: None
 
 
 def loss_triple() -> None:
