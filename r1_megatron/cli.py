@@ -15,7 +15,8 @@ from r1_megatron import __version__
 from r1_megatron.config.load import dump_config, load_config
 from r1_megatron.config.schema import RunConfig
 from r1_megatron.config.validate import check_config
-from r1_megatron.parallel.launch import STOP_SIGNAL, LaunchResult, adopt_rank, launch, run_as_rank
+from r1_megatron.parallel.launch import LaunchResult, launch
+from r1_megatron.parallel.rank import STOP_SIGNAL, adopt_rank, run_as_rank
 from r1_megatron.telemetry import run_folder
 from r1_megatron.telemetry.gpu import num_visible_gpus
 from r1_megatron.telemetry.host import describe_host, version_of

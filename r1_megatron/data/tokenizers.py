@@ -17,13 +17,12 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from r1_megatron.config.schema import TokenizerConfig
+from r1_megatron.telemetry.run_folder import write_atomic
 
 TASK_TOKENIZER_KINDS = ("chain_sum", "countdown")
 # Tags first, so that a tag is one token and cannot be half written; then the words of the compact template.
@@ -315,27 +314,14 @@ def build_tokenizer(cfg: TokenizerConfig, run_dir: str | Path | None = None, wri
         data = train_tokenizer_bytes(cfg.kind)
         if write:
             assert run_dir is not None
-            _write_atomically(Path(run_dir) / "tokenizer.model", data)
+            Path(run_dir).mkdir(parents=True, exist_ok=True)
+            write_atomic(Path(run_dir) / "tokenizer.model", data)
         return SentencePieceTokenizer(data, cfg.eos_token)
     if cfg.path is None:
         raise ValueError(f"tokenizer.path: kind={cfg.kind} needs a path. Set tokenizer.path to the file or folder.")
     if cfg.kind == "sentencepiece":
         return SentencePieceTokenizer(cfg.path, cfg.eos_token)
     return HuggingFaceTokenizer(cfg.path, cfg.eos_token)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that other processes see whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _read_file(path: Path) -> bytes:

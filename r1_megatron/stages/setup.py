@@ -18,7 +18,7 @@ from r1_megatron.data.tasks import Task
 from r1_megatron.data.tokenizers import Tokenizer, build_tokenizer
 from r1_megatron.model.build import build_model
 from r1_megatron.parallel.groups import ProcessGroups, build_process_groups, destroy_distributed
-from r1_megatron.parallel.launch import listen_for_stop, stop_requested
+from r1_megatron.parallel.rank import listen_for_stop, stop_requested
 from r1_megatron.rewards.base import Grader, build_rewards
 from r1_megatron.rollout.engine import Engine, build_engine
 from r1_megatron.telemetry.run_folder import CHECKPOINTS

@@ -136,9 +136,7 @@ def _diagnose(policy: Policy, batch: StepBatch, objective: Objective, num_sequen
                 mine = f"the gradient of {name} is not finite"
             # A bad loss comes before the bad gradients it causes on other ranks.
             reports = [
-                (not text.startswith("the loss"), rank, text)
-                for rank, text in enumerate(_from_all_ranks(mine))
-                if text
+                (not text.startswith("the loss"), rank, text) for rank, text in enumerate(_from_all_ranks(mine)) if text
             ]
             if reports:
                 _, rank, text = min(reports)

@@ -16,16 +16,15 @@ import pytest
 from r1_megatron.parallel.launch import (
     LaunchResult,
     _reserved_port,
-    adopt_rank,
-    first_host,
     launch,
     rank_environment,
 )
+from r1_megatron.parallel.rank import adopt_rank, first_host
 
 RANK_SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from r1_megatron.parallel.launch import run_as_rank
+from r1_megatron.parallel.rank import run_as_rank
 rank = int(os.environ["RANK"])
 def sleep():
     Path(f"up_{rank}").write_text(str(os.getpid()))
