@@ -36,6 +36,7 @@ class Policy:
     Attributes:
         chunks: the bare models, what rollouts and checkpoints use.
         wrapped: the same under megatron-core's data parallelism (and its bf16 wrapper).
+        optimizer, scheduler: ``None`` where the policy is only evaluated.
         version: optimizer steps taken.
     """
 
@@ -43,8 +44,8 @@ class Policy:
     groups: ProcessGroups
     chunks: list[PolicyModel]
     wrapped: list[torch.nn.Module]
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+    optimizer: MegatronOptimizer | None
+    scheduler: OptimizerParamScheduler | None
     version: int = 0
     reference: Weights | None = field(default=None, repr=False)
     _gathered_depth: int = 0
@@ -61,10 +62,6 @@ class Policy:
         layers = sum(len(chunk_routers(chunk)) for chunk in self.chunks)
         return layers, self.cfg.model.moe_router_topk
 
-    @property
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
     def train_mode(self) -> None:
         for chunk in self.wrapped:
             chunk.train()
@@ -75,7 +72,7 @@ class Policy:
 
         May be nested; the outermost one counts.
         """
-        hooked = self.cfg.train.overlap_param_gather
+        hooked = self.cfg.train.overlap_param_gather and self.optimizer is not None
         self._gathered_depth += 1
         if hooked and self._gathered_depth == 1:
             for chunk in self.wrapped:
@@ -162,13 +159,16 @@ class Policy:
 
 
 def build_policy(cfg: RunConfig, groups: ProcessGroups, chunks: list[PolicyModel] | None = None) -> Policy:
-    """Model, data parallelism, optimizer and schedule. ``chunks`` may be given with their weights already loaded."""
+    """Model, data parallelism, optimizer and schedule; to be evaluated, a policy needs the first of them only.
+
+    ``chunks`` may be given with their weights already loaded.
+    """
     chunks = build_model(cfg, groups) if chunks is None else chunks
     config = chunks[0].config
-    wrapped = []
-    for chunk in chunks:
-        inner = _in_bf16(config, chunk) if cfg.train.bf16 else chunk
-        wrapped.append(DistributedDataParallel(config, ddp_config(cfg.train), inner))
+    inner = [_in_bf16(config, chunk) if cfg.train.bf16 else chunk for chunk in chunks]
+    if cfg.stage == "evaluate":
+        return Policy(cfg, groups, chunks, inner, None, None)
+    wrapped = [DistributedDataParallel(config, ddp_config(cfg.train), chunk) for chunk in inner]
     for chunk in wrapped:
         chunk.broadcast_params()
         chunk.zero_grad_buffer()

@@ -34,23 +34,25 @@ def train_step(
     Raises:
         NonFiniteError: with ``train.on_nonfinite = "stop"``; parameters are unchanged then.
     """
+    optimizer, scheduler = policy.optimizer, policy.scheduler
+    assert optimizer is not None and scheduler is not None, "a policy to be evaluated does not learn"
     policy.train_mode()
     biases = [(bias, bias.clone()) for bias in _selection_biases(policy)]
     for chunk in policy.wrapped:
         chunk.zero_grad_buffer()
-    policy.optimizer.zero_grad()
+    optimizer.zero_grad()
     outputs = train_pass(policy.pipeline, batch.microbatches, objective, num_sequences)
     loss, metrics = _reduce(policy, outputs)
-    policy.scheduler.step(increment=1)
-    learning_rate = policy.learning_rate
+    scheduler.step(increment=1)
+    learning_rate = float(optimizer.param_groups[0]["lr"])
     grad_norm, updated, problem = math.nan, False, ""
     if math.isfinite(loss) and _gradients_are_finite(policy):
         with cuda_type_names():
-            updated, grad_norm, _ = policy.optimizer.step()
+            updated, grad_norm, _ = optimizer.step()
     if updated:
         policy.version += 1
     else:
-        policy.scheduler.num_steps -= 1
+        scheduler.num_steps -= 1
         for bias, before in biases:
             bias.copy_(before)
         where = _diagnose(policy, batch, objective, num_sequences, loss)

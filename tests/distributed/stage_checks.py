@@ -36,7 +36,7 @@ from r1_megatron.model.build import build_model
 from r1_megatron.model.parameters import GlobalParameter, global_parameters
 from r1_megatron.model.routing import chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups, build_process_groups
-from r1_megatron.stages import grpo, sft
+from r1_megatron.stages import evaluate, grpo, sft
 from r1_megatron.stages import setup as stage_setup
 from r1_megatron.train.policy import Policy, build_policy
 from r1_megatron.types import StepBatch
@@ -96,6 +96,11 @@ def run_grpo(folder: str, parallel: ParallelConfig, sections: dict | None = None
 
 def run_sft(folder: str, parallel: ParallelConfig, sections: dict | None = None) -> None:
     sft.run(replace(stage_config(folder, parallel, sections), stage="sft"))
+
+
+def run_evaluate(folder: str, parallel: ParallelConfig, checkpoint: str) -> None:
+    sections = {"checkpoint": {"load": checkpoint}, "evaluate": {"num_prompts": 16, "samples_per_prompt": 2}}
+    evaluate.run(replace(stage_config(folder, parallel, sections), stage="evaluate"))
 
 
 def run_sft_on_rows(folder: str, rows: str) -> tuple[str, str]:

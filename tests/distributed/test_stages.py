@@ -142,6 +142,18 @@ def assert_same(expected_run, found_run) -> None:
         assert row["training/rollout_probs_diff_max"] <= 1e-4
 
 
+def test_evaluation_does_not_depend_on_the_layout(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(f"{STAGES}:run_sft", 1, folder=str(tmp_path / "sft"), parallel=LAYOUTS["one"])
+    for name, parallel in {"one": LAYOUTS["one"], "tp2pp2": TP2PP2, "ep2": LAYOUTS["ep2"]}.items():
+        options = {"parallel": parallel, "checkpoint": str(tmp_path / "sft/checkpoints/final")}
+        ranks.run(f"{STAGES}:run_evaluate", world_size(parallel), folder=str(tmp_path / name), **options)
+    one, four, two = (rows_of(tmp_path / name) for name in ("one", "tp2pp2", "ep2"))
+    assert [row["step"] for row in one] == [3] and one[0]["eval/num_prompts"] == 16
+    assert one[0]["eval/sampled_length"] > 1
+    for (other,) in (four, two):
+        assert {k: v for k, v in other.items() if k != "time"} == {k: v for k, v in one[0].items() if k != "time"}
+
+
 def test_supervised_losses_do_not_depend_on_the_layout(ranks: RankPool, tmp_path: Path) -> None:
     sections = {"train": {"lr": 3e-3}}
     for name, parallel in {"one": LAYOUTS["one"], "tp2pp2": TP2PP2}.items():

@@ -428,7 +428,7 @@ def learning_rates(bench: Bench) -> Answer:
         rates = []
         for _ in range(12):
             policy.scheduler.step(increment=1)
-            rates.append(policy.learning_rate)
+            rates.append(float(policy.optimizer.param_groups[0]["lr"]))
         answer[style] = rates
     return answer
 
