@@ -217,10 +217,11 @@ def _finish(config: RunConfig, folder: Path, world_size: int, result: LaunchResu
             "interrupted_by": result.interrupted_by,
         },
     )
+    checkpoint = run_folder.last_checkpoint(folder)
     if result.failure:
-        print(f"error: {result.failure.message()}\nAll ranks have ended.", file=sys.stderr)
+        kept = f" Last whole checkpoint: {checkpoint}." if checkpoint else ""
+        print(f"error: {result.failure.message()}\nAll ranks have ended.{kept}", file=sys.stderr)
     elif result.interrupted_by:
-        checkpoint = run_folder.last_checkpoint(folder)
         print(
             f"\nended by {result.interrupted_by}. Run folder: {folder}. Last whole checkpoint: "
             f"{checkpoint or 'none yet'}.\nThe run so far on one page: r1-megatron report {folder}",

@@ -25,11 +25,11 @@ from r1_megatron.stages.grading import grade
 from r1_megatron.stages.setup import Run, open_run
 from r1_megatron.stages.step_report import Minibatch, StepReport
 from r1_megatron.train.objectives import PolicyObjective
-from r1_megatron.train.step import train_step
+from r1_megatron.train.step import RaisedTogether, train_step
 from r1_megatron.types import GradedGroup, Prompt, Rollout, StepResult
 
 
-class RolloutMismatchError(RuntimeError):
+class RolloutMismatchError(RaisedTogether, RuntimeError):
     """Rollout and training disagree about the probability of a sampled token by more than `rl.probs_diff_limit`."""
 
 

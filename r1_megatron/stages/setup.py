@@ -24,6 +24,7 @@ from r1_megatron.rollout.engine import Engine, build_engine
 from r1_megatron.telemetry.run_folder import CHECKPOINTS
 from r1_megatron.telemetry.writers import RunLog
 from r1_megatron.train.policy import Policy, build_policy
+from r1_megatron.train.step import RaisedTogether
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Run:
     grader: Grader | None
     log: RunLog
     loaded: dict[str, Any] = field(default_factory=dict)
+    finished_steps: int = 0
 
     def save_checkpoint(self, name: str, step: int) -> None:
         """Write ``checkpoints/<name>`` in the run folder. Collective."""
@@ -60,6 +62,7 @@ class Run:
 
         Answers whether the run ends here because it was asked to (Ctrl-C, a time limit). Collective.
         """
+        self.finished_steps = step
         asked = torch.tensor([int(stop_requested())], device=self.groups.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         interval = self.cfg.checkpoint.interval
@@ -72,7 +75,10 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(cfg: RunConfig) -> Iterator[Run]:
-    """Bring a stage up on this rank and down again, files closed, however it ends."""
+    """Bring a stage up on this rank and down again, files closed, however it ends.
+
+    An error that all ranks raise together leaves a checkpoint ``at_failure`` behind.
+    """
     listen_for_stop()
     groups = build_process_groups(cfg.parallel, cfg.seed)
     is_writer = dist.get_rank() == 0
@@ -106,6 +112,11 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
             log.note(f"weights from {cfg.checkpoint.load} (stage {loaded.get('stage')}, step {loaded.get('step')})")
         policy = build_policy(cfg, groups, chunks)
         engine = build_engine(cfg, policy.chunks, groups, tokenizer)
-        yield Run(cfg, groups, tokenizer, train_prompts, held_out, task, policy, engine, grader, log, loaded)
+        run = Run(cfg, groups, tokenizer, train_prompts, held_out, task, policy, engine, grader, log, loaded)
+        try:
+            yield run
+        except RaisedTogether:
+            run.save_checkpoint("at_failure", run.finished_steps)
+            raise
         dist.barrier()
     destroy_distributed()

@@ -20,6 +20,11 @@ Names, where other trainers' dashboards have one, are theirs:
 ``perf/throughput``                             tokens per second, all ranks together
 ``perf/tokens_per_second_per_gpu``              the same, per rank
 ``perf/max_memory_allocated_gb``                device memory, the largest rank (1e9 bytes)
+``train/{loss,num_tokens}``                     loss of an update; tokens that carry loss, all ranks together
+``train/{updates,skipped_updates}``             optimizer steps made; steps passed over for NaN or Inf
+``reward/<term>/mean``, ``reward/failed``       each reward term before weights; completions a reward failed on
+``rl/dropped_groups``                           groups without variance that were left out
+``rollout/*``                                   what the engine says of itself: tokens, forwards, seconds, cache bytes
 ``eval/<name>``                                 results on held-out prompts; the report tabulates them
 =============================================== ==================================================================
 """

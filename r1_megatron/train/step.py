@@ -18,7 +18,11 @@ from r1_megatron.train.schedule import MicroBatchOutput, train_pass
 from r1_megatron.types import MicroBatch, StepBatch, StepResult
 
 
-class NonFiniteError(ArithmeticError):
+class RaisedTogether(Exception):
+    """Raised on every rank at the same place: the ranks can still act together, to save what is there."""
+
+
+class NonFiniteError(RaisedTogether, ArithmeticError):
     """A loss or gradient was NaN or Inf; the message names step, microbatch, rank and parameter."""
 
 

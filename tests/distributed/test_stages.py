@@ -232,7 +232,8 @@ def test_nonfinite_numbers_end_the_run_and_are_named(ranks: RankPool, tmp_path: 
         assert "the loss is nan" in message and "first bad gradient: " in message
     assert "train.on_nonfinite=skip" in message
     assert [row["step"] for row in rows_of(tmp_path)] == [1]
-    assert not (tmp_path / "checkpoints").exists()
+    kept = json.loads((tmp_path / "checkpoints/at_failure/checkpoint.json").read_text())
+    assert (kept["step"], kept["policy_version"]) == (1, 1)
 
 
 @pytest.mark.parametrize("name", ["one", "dp2"])
