@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,15 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except ValueError as error:  # what this package says to its users; nothing was started
-        if os.environ.get("RANK", "0") == "0":
+    except (ValueError, OSError) as error:  # what this package says to its users; nothing was started
+        if isinstance(error, BrokenPipeError):  # `r1-megatron explain ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if _is_one_of_many_ranks():
+            time.sleep(2)  # rank 0 says the same; whoever started us ends all ranks when the first one ends
+        else:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `r1-megatron explain ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _is_one_of_many_ranks() -> bool:
+    """A rank other than the first of a job of torchrun or srun."""
+    return os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,9 +136,18 @@ def _join(arguments: argparse.Namespace) -> int:
     is_first = os.environ["RANK"] == "0"
     if is_first:
         run_folder.claim(config.output_dir, dump_config(config), describe_host())
-    code = run_as_rank(lambda: _run_stage(config))
+    folder = Path(config.output_dir)
+
+    def note_the_end(exit_code: int) -> None:
+        """So that the folder of a start that failed can be used again."""
+        if is_first:
+            run_folder.write_json(
+                folder / run_folder.LAUNCH, {"exit_code": exit_code, "ranks": int(os.environ["WORLD_SIZE"])}
+            )
+
+    code = run_as_rank(lambda: _run_stage(config), note_the_end)
     if is_first and code == 0:
-        _make_report(config, Path(config.output_dir))
+        _make_report(config, folder)
     return code
 
 
@@ -205,29 +222,30 @@ def _ranks_in_words(topology: Topology) -> str:
 
 def _finish(config: RunConfig, folder: Path, world_size: int, result: LaunchResult) -> None:
     """What the launcher leaves behind and says, however the run ended."""
-    run_folder.write_json(
-        folder / run_folder.LAUNCH,
-        {
-            "exit_code": result.exit_code,
-            "ranks": world_size,
-            "seconds": round(result.seconds, 1),
-            "peak_memory_bytes": result.peak_memory_bytes,
-            "peak_memory_kind": result.memory_kind,
-            "failure": result.failure.message() if result.failure else None,
-            "interrupted_by": result.interrupted_by,
-        },
-    )
     checkpoint = run_folder.last_checkpoint(folder)
     if result.failure:
         kept = f" Last whole checkpoint: {checkpoint}." if checkpoint else ""
         print(f"error: {result.failure.message()}\nAll ranks have ended.{kept}", file=sys.stderr)
     elif result.interrupted_by:
-        print(
-            f"\nended by {result.interrupted_by}. Run folder: {folder}. Last whole checkpoint: "
-            f"{checkpoint or 'none yet'}.\nThe run so far on one page: r1-megatron report {folder}",
-            file=sys.stderr,
-        )
-    else:
+        told = f"\nended by {result.interrupted_by}. Run folder: {folder}. Last whole checkpoint: "
+        told += f"{checkpoint or 'none yet'}."
+        if (folder / run_folder.METRICS).is_file():
+            told += f"\nThe run so far on one page: r1-megatron report {folder}"
+        print(told, file=sys.stderr)
+    launched = {
+        "exit_code": result.exit_code,
+        "ranks": world_size,
+        "seconds": round(result.seconds, 1),
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "peak_memory_kind": result.memory_kind,
+        "failure": result.failure.message() if result.failure else None,
+        "interrupted_by": result.interrupted_by,
+    }
+    try:
+        run_folder.write_json(folder / run_folder.LAUNCH, launched)
+    except OSError as error:  # a full disk, for one: what the run said must still be heard
+        print(f"{run_folder.LAUNCH} could not be written: {error}", file=sys.stderr)
+    if not result.failure and not result.interrupted_by:
         _make_report(config, folder)
     print(
         f"{duration(result.seconds)} in all, peak memory of all ranks together: {result.peak_memory_bytes / 1e9:.2f} GB"

@@ -52,6 +52,7 @@ def save_weights(
 
     Raises:
         FileExistsError: ``folder`` is there already; nothing is overwritten.
+        OSError: it could not be written (a full disk); nothing is left of it.
     """
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
@@ -67,17 +68,44 @@ def save_weights(
     # megatron-core hands results over through a manager process, for writers that work in the background. Ours write
     # here and now: an ordinary queue saves an interpreter (195 MB, 2.5 s) on every rank.
     filesystem_async._results_queue = queue.Queue()
-    with cuda_type_names():
-        dist_checkpointing.save(
-            _sharded_state(chunks, groups), str(partial), TorchDistSaveShardedStrategy("torch_dist", 1)
-        )
-    dist.barrier()
+    error = None
+    try:
+        with cuda_type_names():
+            dist_checkpointing.save(
+                _sharded_state(chunks, groups), str(partial), TorchDistSaveShardedStrategy("torch_dist", 1)
+            )
+    except CheckpointException as failure:  # raised on all ranks with what each of them met
+        error = _why_not_written(folder, _first_cause(failure))
     if dist.get_rank() == 0:
-        (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-        _flush(partial / _DESCRIPTION)
-        os.replace(partial, folder)
-    dist.barrier()
+        try:
+            if error is None:
+                (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+                _flush(partial / _DESCRIPTION)
+                os.replace(partial, folder)
+        except OSError as failure:
+            error = _why_not_written(folder, failure)
+        if error is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+    _raise_together(error, OSError)
     return folder
+
+
+def _first_cause(failure: CheckpointException) -> BaseException:
+    """What the first rank met; some of megatron-core's carry only their own text and a chain of causes."""
+    if failure.failures:
+        return next(iter(failure.failures.values()))[0]
+    cause: BaseException = failure
+    while cause.__cause__ is not None or cause.__context__ is not None:
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    return cause
+
+
+def _why_not_written(folder: Path, cause: BaseException) -> str:
+    free = shutil.disk_usage(folder.parent).free / 1e9
+    return (
+        f"the checkpoint {folder} could not be written ({type(cause).__name__}: {cause!s:.300}; {free:.3f} GB are "
+        "free there). What was written of it is removed. Make room, or choose another output_dir."
+    )
 
 
 def load_weights(folder: str | Path, chunks: Sequence[torch.nn.Module], groups: ProcessGroups) -> dict[str, Any]:
@@ -114,8 +142,8 @@ def load_checkpoint(
         check_same_model(folder, model, read_description(folder).get("model", {}))
         return load_weights(folder, chunks, groups)
     except CheckpointException as error:  # torch's, on all ranks; it is no Exception and holds one of them per rank
-        rank, (cause, _) = next(iter(error.failures.items()))
-        reason = f"rank {rank} met {type(cause).__name__}: {cause}"
+        cause = _first_cause(error)
+        reason = f"{type(cause).__name__}: {cause}"
     except (json.JSONDecodeError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise ValueError(

@@ -228,6 +228,8 @@ def _evaluation_lines(cfg: RunConfig) -> list[Line]:
         return [("prompts", "none")]
     if cfg.stage == "evaluate":
         when = "once"
+    elif cfg.stage == "sft":
+        when = f"every {e.interval} steps and at the end" if e.interval else "at the end"
     else:
         when = f"every {e.interval} steps, at the start and at the end" if e.interval else "at the start and at the end"
     return [

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Stage = Literal["grpo", "sft", "evaluate"]
+# Reward functions of ours; others are named by import path.
+REWARD_NAMES = ("accuracy", "countdown", "format")
 
 
 @dataclass(frozen=True)

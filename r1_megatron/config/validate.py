@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from r1_megatron.config.load import ConfigError
-from r1_megatron.config.schema import RunConfig
+from r1_megatron.config.schema import REWARD_NAMES, RunConfig
 from r1_megatron.topology import place_layers, placement_problems, topology_problems
 from r1_megatron.topology import validate as parallel_problems
 
@@ -317,10 +317,20 @@ def _reward(cfg: RunConfig) -> Iterator[str]:
     """Every stage grades: supervised fine-tuning does at its end, on the held-out prompts."""
     if not cfg.reward.terms:
         yield "reward.terms is empty: name at least one reward function."
+    if cfg.reward.timeout_s >= cfg.parallel.timeout_s:
+        yield (
+            f"reward.timeout_s({cfg.reward.timeout_s:g}) has to be less than parallel.timeout_s("
+            f"{cfg.parallel.timeout_s:g}): the other ranks wait for the rewards."
+        )
     right = _REWARD_OF_SOURCE.get(cfg.data.source)
     for index, term in enumerate(cfg.reward.terms):
         if not term.function.strip():
             yield f"reward.terms.{index}.function is empty."
+        elif ":" not in term.function and term.function not in REWARD_NAMES:
+            yield (
+                f"reward.terms.{index}.function={term.function} is unknown. Ours are {', '.join(REWARD_NAMES)}; a "
+                "plug-in is package.module:function."
+            )
         elif right is not None and term.function in set(_REWARD_OF_SOURCE.values()) - {right}:
             yield (
                 f"reward.terms.{index}.function={term.function} cannot read the labels of data.source="
@@ -466,6 +476,10 @@ def _data(cfg: RunConfig) -> Iterator[str]:
     elif t.path is None:
         what = "a .model file" if t.kind == "sentencepiece" else "a folder or a tokenizer.json"
         yield f"tokenizer.kind={t.kind} needs tokenizer.path, {what}."
+    if cfg.stage == "evaluate" and cfg.evaluate.num_prompts == 0:
+        yield "stage=evaluate with evaluate.num_prompts=0 has nothing to do. Set it to at least 1."
+    if cfg.seed >= 1 << 62:
+        yield f"seed={cfg.seed} has to be less than 2**62."
     if cfg.stage == "evaluate" and cfg.checkpoint.load is None:
         yield "stage=evaluate needs checkpoint.load: the checkpoint to be evaluated."
     if not cfg.output_dir.strip():

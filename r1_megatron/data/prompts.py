@@ -66,7 +66,19 @@ def build_prompts(
     held_out = PromptSet(())
     if cfg.eval_path is not None:
         held_out = load_prompts(cfg.eval_path, cfg, tokenizer, vocab_size)
+        check_disjoint(training, held_out, cfg)
     return training, held_out, None
+
+
+def check_disjoint(training: PromptSet, held_out: PromptSet, cfg: DataConfig) -> None:
+    """Raises ValueError where a held-out prompt is trained on: its accuracy would say nothing."""
+    seen = {prompt.text for prompt in training}
+    both = [prompt.text for prompt in held_out if prompt.text in seen]
+    if both:
+        raise ValueError(
+            f"data.eval_path: {len(both)} of the {len(held_out)} prompts in {cfg.eval_path} are in data.path too "
+            f"({both[0][:60]!r}). Take them out of one of the files."
+        )
 
 
 def load_prompts(path: str | Path, cfg: DataConfig, tokenizer: Tokenizer, vocab_size: int | None = None) -> PromptSet:

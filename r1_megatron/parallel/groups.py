@@ -104,7 +104,7 @@ def build_process_groups(parallel: ParallelConfig, seed: int = 1234) -> ProcessG
         context_parallel_size=topology.cp,
         expert_model_parallel_size=topology.ep,
         expert_tensor_parallel_size=topology.etp,
-        distributed_timeout_minutes=max(1, int(parallel.timeout_s // 60)),
+        distributed_timeout_minutes=parallel.timeout_s / 60,  # a timedelta: any number will do
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -60,7 +60,7 @@ class RankFailure:
         if self.tail:
             lines += [f"last lines of {self.log}:", *(f"    {line}" for line in self.tail)]
         else:
-            lines.append(f"(the traceback is in {self.log})")
+            lines.append(f"(its log is {self.log})")
         return "\n".join(lines)
 
 
@@ -256,6 +256,7 @@ def _first_failure(ranks: Sequence[_Rank], memory: _Memory) -> RankFailure:
                 f"(all ranks together held {memory.peak_bytes / 1e9:.1f} GB at their peak, "
                 f"this machine has {available_memory_bytes() / 1e9:.1f} GB)"
             )
+            return RankFailure((first.rank,), 128 - code, reason, (), first.log)  # its log knows nothing of it
         return RankFailure((first.rank,), 128 - code, reason, _last_lines(first.log), first.log)
     return RankFailure((first.rank,), code or 1, f"ended with exit code {code}", _last_lines(first.log), first.log)
 

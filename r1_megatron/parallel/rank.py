@@ -80,8 +80,8 @@ def first_host(nodelist: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
-def run_as_rank(body: Callable[[], None]) -> int:
-    """Run ``body`` as this process's rank and return the exit code.
+def run_as_rank(body: Callable[[], None], on_failure: Callable[[int], None] | None = None) -> int:
+    """Run ``body`` as this process's rank and return the exit code; ``on_failure`` hears of one that is not 0.
 
     A failure is recorded for the launcher, its traceback goes to the standard error, and the process ends at once:
     tearing down process groups whose other members are gone can hang.
@@ -101,6 +101,8 @@ def run_as_rank(body: Callable[[], None]) -> int:
         code = 1
     else:
         return 0
+    if on_failure is not None:
+        on_failure(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from r1_megatron.config.schema import RewardConfig, RewardTermConfig
+from r1_megatron.config.schema import REWARD_NAMES, RewardConfig, RewardTermConfig
 from r1_megatron.rewards import accuracy
 from r1_megatron.rewards.countdown import countdown_reward
 from r1_megatron.rewards.format import format_reward
@@ -34,7 +34,7 @@ from r1_megatron.types import Prompt
 RewardFunction = Callable[..., list[float]]
 # Bounded functions of ours: they run in the training process.
 BOUNDED: dict[str, RewardFunction] = {"countdown": countdown_reward, "format": format_reward}
-NAMES = ("accuracy", *BOUNDED)
+NAMES = REWARD_NAMES
 # Seconds that math-verify may spend on one answer before its process is killed and the answer is wrong.
 ANSWER_TIMEOUT_S = 10.0
 MAX_ERRORS_KEPT = 5
@@ -219,7 +219,8 @@ class Grader:
             for i, value in enumerate(values):
                 if not isinstance(value, Failure):
                     continue
-                where = f"prompt {prompts[i].index} (completion {i} of {n}: {completions[i][:60]!r})"
+                where = f"prompt {prompts[i].index} {prompts[i].text[:60]!r}"
+                where += f" (completion {i} of {n}: {completions[i][:60]!r})"
                 errors.append(f"reward {term_cfg.function!r} {value.reason}, at {where}")
                 failed[i] = True
                 if fail:

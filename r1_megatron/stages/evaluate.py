@@ -52,8 +52,12 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
 
 
 def num_right(group: GradedGroup) -> int:
-    """Completions whose first reward term, ``format`` passed over, is at least 1."""
-    term = next((name for name in group.components if name != "format"), "format")
+    """Completions that are right: whose ``accuracy`` or ``countdown`` term is at least 1.
+
+    Without either, the first term that is not ``format`` counts, so a plug-in should answer 1 for a right one.
+    """
+    names = [name for name in ("accuracy", "countdown", *group.components) if name in group.components]
+    term = next((name for name in names if name != "format"), "format")
     return int((group.components[term] >= 1.0).sum())
 
 

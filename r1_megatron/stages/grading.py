@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from r1_megatron.rewards.base import RewardError
 from r1_megatron.stages.setup import Run
+from r1_megatron.train.step import RaisedTogether
 from r1_megatron.types import GradedGroup, Prompt, Rollout
 
 
@@ -20,17 +22,30 @@ class Graded(NamedTuple):
     errors: tuple[str, ...]
 
 
+class GradingError(RaisedTogether, ValueError):
+    """A reward failed, on some rank, and ``reward.on_error`` is ``fail``."""
+
+
 def grade(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> Graded:
-    """Grade the rollouts of this replica's prompts. Collective over the replica.
+    """Grade the rollouts of this replica's prompts. Collective over all ranks.
 
     Raises:
-        RewardError: a reward failed and ``reward.on_error`` is ``fail``.
+        GradingError: with what the reward function's error says.
     """
     asked = [prompt for prompt, group in zip(prompts, rollouts) for _ in group]
     texts = [rollout.text for group in rollouts for rollout in group]
     answer: list = [None]
+    failure: str | None = None
     if run.grader is not None:
-        answer = [(run.grader.grade(asked, texts), run.grader.last_errors)]
+        try:
+            answer = [(run.grader.grade(asked, texts), run.grader.last_errors)]
+        except RewardError as error:
+            failure = str(error)
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    said = next((text for text in failures if text is not None), None)
+    if said is not None:
+        raise GradingError(said)
     topology = run.groups.topology
     if topology.tp * topology.pp > 1:
         # The last stage's first tensor-parallel rank: `is_replica_writer`.

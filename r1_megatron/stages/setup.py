@@ -105,6 +105,12 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
                 config=asdict(cfg),
             )
         )
+        for name, prompts in (("data.path", train_prompts), ("data.eval_path", held_out)):
+            if prompts.num_too_long or prompts.num_duplicates:
+                log.note(
+                    f"{name}: {len(prompts)} prompts; left out: {prompts.num_too_long} too long, "
+                    f"{prompts.num_duplicates} duplicates"
+                )
         grader = stack.enter_context(build_rewards(cfg.reward)) if groups.is_replica_writer else None
         chunks = build_model(cfg, groups, draw_weights=not cfg.checkpoint.load)
         loaded = load_checkpoint(cfg.checkpoint.load, cfg.model, chunks, groups) if cfg.checkpoint.load else {}

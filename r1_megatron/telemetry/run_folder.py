@@ -93,10 +93,11 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 def _refusal(folder: Path, found: list[str]) -> str:
     if CONFIG in found or METRICS in found:
         num_steps = _num_lines(folder / METRICS)
-        what = f"holds another run ({num_steps} step lines in {METRICS}" if num_steps else "holds another run ("
+        what = f"holds another run ({num_steps} lines in {METRICS}" if num_steps else "holds another run ("
         what += f"{', ' if num_steps else ''}{', '.join(found[:8])}{', ...' if len(found) > 8 else ''})"
     else:
         what = f"is not empty ({', '.join(found[:8])}{', ...' if len(found) > 8 else ''})"
+        return f"output_dir: {folder} {what}. Nothing was written. Choose another folder (output_dir=runs/another)."
     return (
         f"output_dir: {folder} {what}. Nothing was written. "
         f"Choose another folder (output_dir=runs/another), or remove this one (rm -r {folder})."

@@ -34,7 +34,7 @@ _PROGRESS = (
     ("reward", "critic/rewards/mean", "{:.3f}"),
     ("len", "response_length/mean", "{:.1f}"),
     ("entropy", "actor/entropy", "{:.3f}"),
-    ("kl", "actor/ppo_kl", "{:.1e}"),
+    ("kl", "actor/kl", "{:.1e}"),
     ("grad", "actor/grad_norm", "{:.2f}"),
     ("probs diff", "training/rollout_probs_diff_max", "{:.1e}"),
 )

@@ -105,7 +105,8 @@ def test_a_reward_that_raises_in_the_middle_of_training(work: Path) -> None:
     terms = 'reward.terms=[{function: "own_rewards:variety", options: {fail_at_call: 3}}]'
     code, shown, errors = train(work, "output_dir=run", *PP2, *ENDLESS, terms)
     assert code == 1
-    assert "error: rank 1 failed: reward 'own_rewards:variety' raised LookupError" in errors
+    assert "error: ranks 0, 1 failed: reward 'own_rewards:variety' raised LookupError" in errors
+    assert "Last whole checkpoint: run/checkpoints/at_failure" in errors
     assert "the table of answers is gone" in errors and "own_rewards.py" in errors
     assert "at prompt " in errors and "Mend the function or the data, or set reward.on_error=zero." in errors
     assert "Traceback" not in errors

@@ -101,7 +101,7 @@ def test_more_ranks_than_gpus_is_said_before_anything_starts(launched, monkeypat
 
 
 def test_under_torchrun_it_joins_and_rank_0_claims(launched, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli, "run_as_rank", lambda body: 0)
+    monkeypatch.setattr(cli, "run_as_rank", lambda body, on_failure: 0)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["train", "run.yaml", "telemetry.report=none"]) == 0

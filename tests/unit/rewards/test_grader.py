@@ -135,7 +135,7 @@ def test_a_bad_reward_ends_the_run_and_names_the_sample(kind):
     with build_rewards(config("my_rewards:picky", timeout_s=timeout_s)) as grader:
         with pytest.raises(RewardError) as caught:
             grader.grade(prompts(4), ["ok", "true", kind, "ok"])
-        caught.match(f"reward 'my_rewards:picky' {BAD[kind]}.*prompt 102 .completion 2 of 4: '{kind}'")
+        caught.match(f"reward 'my_rewards:picky' {BAD[kind]}.*prompt 102 '.*' .completion 2 of 4: '{kind}'")
         caught.match("reward.on_error=zero")
         assert grader.grade(prompts(1), ["ok"]).total.tolist() == [1.0]  # The next batch finds a worker again.
 

@@ -22,7 +22,7 @@ def test_claim_writes_the_configuration_and_the_environment(tmp_path):
 def test_another_run_is_refused_with_what_was_found_and_the_remedies(tmp_path):
     folder = run_folder.claim(tmp_path / "run", "first", {})
     (folder / "metrics.jsonl").write_text("{}\n{}\n")
-    with pytest.raises(ValueError, match=r"holds another run \(2 step lines.*output_dir=.*rm -r") as error:
+    with pytest.raises(ValueError, match=r"holds another run \(2 lines in metrics.*output_dir=.*rm -r") as error:
         run_folder.claim(folder, "second", {})
     assert str(folder) in str(error.value)
     assert (folder / "config.yaml").read_text() == "first"
