@@ -24,6 +24,7 @@ class ModelConfig:
     hidden_size: int = 64
     ffn_hidden_size: int = 160
     num_attention_heads: int = 4
+    # May exceed the tokenizer's; ids behind it can be drawn and have no text.
     vocab_size: int = 260
     # Longest position the rotary embedding is prepared for, in tokens.
     max_position_embeddings: int = 4096
@@ -111,6 +112,7 @@ class DataConfig:
     metadata_key: str = "metadata"
     # "r1_zero": the paper's plain template; "compact": "User: ... Assistant:" for small models; "none".
     template: Literal["r1_zero", "compact", "none"] = "compact"
+    # Of prompts for rollouts; a supervised row may be as long as the model's positions.
     max_prompt_tokens: int = 256
     # A prompt that is too long ends the run ("error") or is left out and counted ("skip").
     on_long_prompt: Literal["error", "skip"] = "error"
