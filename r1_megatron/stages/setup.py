@@ -77,7 +77,7 @@ class Run:
 def open_run(cfg: RunConfig) -> Iterator[Run]:
     """Bring a stage up on this rank and down again, files closed, however it ends.
 
-    An error that all ranks raise together leaves a checkpoint ``at_failure`` behind.
+    An error that all ranks raise together leaves what was learned behind, as checkpoint ``at_failure``.
     """
     listen_for_stop()
     groups = build_process_groups(cfg.parallel, cfg.seed)
@@ -122,7 +122,8 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
         try:
             yield run
         except RaisedTogether:
-            run.save_checkpoint("at_failure", run.finished_steps)
+            if policy.version > 0:
+                run.save_checkpoint("at_failure", run.finished_steps)
             raise
         dist.barrier()
     destroy_distributed()

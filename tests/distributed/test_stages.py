@@ -339,11 +339,11 @@ def test_a_reward_that_misbehaves_ends_the_run(ranks: RankPool, tmp_path: Path, 
 
 
 def test_a_reward_that_misbehaves_on_one_rank_of_two(ranks: RankPool, tmp_path: Path) -> None:
-    """The last pipeline stage grades; both ranks hear of it, and save what there is before they end."""
+    """The last pipeline stage grades; both ranks hear of it. Nothing was learned yet, so nothing is saved."""
     options = {"folder": str(tmp_path), "sections": {"reward": reward("raises", timeout_s=5.0)}}
     answers = ranks.run(f"{STAGES}:failure_of_grpo", 2, timeout_s=60.0, parallel=LAYOUTS["pp2"], **options)
     assert answers[0] == answers[1] and answers[0][0] == "GradingError"
-    assert (tmp_path / "checkpoints/at_failure/checkpoint.json").is_file()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_rewards_that_fail_can_count_zero(ranks: RankPool, tmp_path: Path) -> None:
