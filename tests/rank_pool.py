@@ -279,7 +279,9 @@ class _Call:
         self.exited: dict[int, int] = {}
 
     def answered(self, channel: Any) -> None:
-        rank = next(r for r, c in self.channels.items() if c is channel)
+        rank = next((r for r, c in self.channels.items() if c is channel), None)
+        if rank is None:
+            return  # its death was noticed in the same moment, and read what there was
         try:
             ok, value = pickle.loads(channel.recv_bytes())
         except (EOFError, ConnectionResetError):
