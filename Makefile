@@ -1,7 +1,9 @@
 # Two commands do everything on a fresh machine:
 #   make demo    R1-Zero from nothing, on 2 ranks, in minutes
 #   make test    all tests
-# Both make .venv on their first run. PYTHON=python3.12 chooses another interpreter.
+# On a machine with an NVIDIA GPU:
+#   make gpu-check   builds the CUDA operators, tests and measures them
+# The first two make .venv on their first run. PYTHON=python3.12 chooses another interpreter.
 
 SHELL := /bin/bash
 VENV := .venv
@@ -11,9 +13,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; 
 	&& { echo $$p; break; }; done)
 # Where the demo writes. A finished demo is not repeated into the same folder: `make demo RUNS=runs/again`.
 RUNS ?= runs/demo
+# Compiled by the installation.
+SOURCES := $(shell find csrc -type f)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test bench gpu-check lint format install clean
 
 demo: install
 	@$(BIN)/python tools/demo.py --runs $(RUNS)
@@ -21,16 +25,27 @@ demo: install
 test: install
 	@$(BIN)/python -m pytest tests
 
+# The operators against their peers on this CPU. `make bench ARGS=--write` puts the table into BENCHMARKS.md.
+bench: install
+	@$(BIN)/python tools/bench_kernels.py $(ARGS)
+
+# On a machine with an H100 or H200: builds, tests and measures the CUDA operators in under 10 minutes. It installs
+# nothing, so that it also runs where there is no network, with the Python that has torch. ARGS as above.
+gpu-check:
+	@"$$(test -x $(BIN)/python && echo $(BIN)/python || command -v python3)" tools/gpu_check.py $(ARGS)
+
 lint: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	@$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: install
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(SOURCES)
 
 install: $(VENV)/.installed
 
 # torch first and by itself: with it in place, nothing else pulls in another build of it.
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py constraints.txt $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found. Install one, or: make PYTHON=/path/to/python3"; exit 2; }
 	@echo "making $(VENV) with $(PYTHON) ($$($(PYTHON) --version))"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

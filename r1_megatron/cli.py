@@ -164,9 +164,14 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    from r1_megatron.telemetry.doctor import examine, show
+    from r1_megatron.telemetry.doctor import Operators, examine, show
 
-    print(show(examine()))
+    def load_operators() -> Operators:
+        from r1_megatron.kernels.ops import library  # torch, which the doctor may find missing
+
+        return library.load()
+
+    print(show(examine(load_operators)))
     return 0
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
@@ -193,7 +194,18 @@ def _sharded_state(chunks: Sequence[torch.nn.Module], groups: ProcessGroups) -> 
         "singleton_local_shards": False,
         "non_homogeneous_layers": True,
     }
-    return {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
+    return {f"chunk{i}": _without_empty_objects(state) for i, state in enumerate(states)}
+
+
+def _without_empty_objects(state: dict[str, Any]) -> dict[str, Any]:
+    """Only Transformer Engine's modules have an extra state; megatron-core writes None for every other one.
+
+    Left out, a checkpoint does not tell which module held a weight: stacked experts and single ones are exchanged.
+    """
+    return {
+        name: value for name, value in state.items() if not (isinstance(value, ShardedObject) and value.data is None)
+    }
 
 
 def _raise_together(error: str | None, kind: type[Exception]) -> None:

@@ -197,7 +197,7 @@ def _training_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
             f"{_count(updates, 'optimizer step')}; {t.steps:,} steps make {t.steps * updates:,}",
         ),
         ("learning rate", _learning_rate(cfg)),
-        ("ratio", _clip(cfg)),
+        ("ratio", _policy_loss(cfg)),
     ]
     if rl.kl_coef:
         refresh = (
@@ -205,7 +205,8 @@ def _training_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
             if rl.reference_refresh_steps is None
             else f"replaced every {rl.reference_refresh_steps} steps = {rl.reference_refresh_steps * updates:,} updates"
         )
-        lines.append(("reference", f"KL {rl.kl_coef:g} to the starting policy, {refresh}"))
+        estimator = "" if rl.kl_estimator == "k3" else f" ({rl.kl_estimator} estimator)"
+        lines.append(("reference", f"KL {rl.kl_coef:g}{estimator} to the starting policy, {refresh}"))
     return lines
 
 
@@ -251,16 +252,18 @@ def _learning_rate(cfg: RunConfig) -> str:
     return f"{text}, {t.lr_decay_style} to {t.min_lr:g} over {t.lr_decay_steps or t.steps} steps"
 
 
-def _clip(cfg: RunConfig) -> str:
+def _policy_loss(cfg: RunConfig) -> str:
     rl = cfg.rl
-    low = 1 - rl.clip_ratio_low
-    text = f"clipped to [{low:g}, {1 + rl.clip_ratio_high:g}]"
-    if low <= 0:
-        text += " (the lower limit never binds)"
-    return (
-        text
-        + f", advantages {'(r - mean) / std' if rl.advantage_normalization == 'std' else 'r - mean'}, {rl.aggregation}"
-    )
+    low, high = f"{1 - rl.clip_ratio_low:g}", f"{1 + rl.clip_ratio_high:g}"
+    if rl.policy_loss == "cispo":
+        text = f"CISPO: of every token, weighs it without a gradient, at most {high}"
+    else:
+        text = "GSPO: of a sequence, " if rl.policy_loss == "gspo" else "of every token, "
+        text += f"clipped to [{low}, {high}]"
+        if rl.clip_ratio_low >= 1:
+            text += " (the lower limit never binds)"
+    advantages = "(r - mean) / std" if rl.advantage_normalization == "std" else "r - mean"
+    return f"{text}, advantages {advantages}, {rl.aggregation}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -176,13 +176,20 @@ class RLConfig:
     # "std": (r - mean) / std of the group; "none": r - mean (Dr.GRPO, arXiv 2503.20783).
     advantage_normalization: Literal["std", "none"] = "std"
     advantage_epsilon: float = 1e-6
+    # "ppo": GRPO's clipped ratio of every token. "cispo": the ratio, clipped above only, as a weight without gradient,
+    # so that every token keeps its own (arXiv 2506.13585). "gspo": one ratio for a whole sequence, the geometric mean
+    # of its tokens' (arXiv 2507.18071, which clips at 3e-4 below and 4e-4 above).
+    policy_loss: Literal["ppo", "cispo", "gspo"] = "ppo"
     # The ratio is clipped to [1 - clip_ratio_low, 1 + clip_ratio_high] (DAPO, arXiv 2503.14476, eq. 10).
     clip_ratio_low: float = 0.2
     clip_ratio_high: float = 0.2
     # Dual clip (arXiv 1912.09729, eq. 5): loss of negative advantages is capped at this ratio; null: off.
     clip_ratio_dual: float | None = None
-    # KL to the reference policy, estimator k3 (http://joschu.net/blog/kl-approx.html).
+    # KL to the reference policy.
     kl_coef: float = 0.001
+    # "k3": http://joschu.net/blog/kl-approx.html. "unbiased": k3 times the ratio, which makes the gradient unbiased too
+    # (DeepSeek-V3.2 report, arXiv 2512.02556).
+    kl_estimator: Literal["k3", "unbiased"] = "k3"
     # Replace the reference policy by the current one every so many steps; null: never.
     reference_refresh_steps: int | None = None
     entropy_coef: float = 0.0
@@ -226,6 +233,10 @@ class TrainConfig:
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    # Routed experts: "grouped": all experts of a rank in one grouped product (csrc/grouped_gemm); "sequential":
+    # megatron-core's SequentialMLP; "transformer_engine": its GroupedLinear (CUDA, bf16). "auto": transformer_engine
+    # where Transformer Engine's layers are used, grouped on the CPU, else sequential.
+    moe_experts: Literal["auto", "grouped", "sequential", "transformer_engine"] = "auto"
     # Tokens packed into one microbatch, at most (a longer sequence gets a microbatch of its own).
     micro_batch_tokens: int = 2048
     recompute_granularity: Literal["full", "selective"] | None = None

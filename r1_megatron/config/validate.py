@@ -20,7 +20,7 @@ from r1_megatron.topology import validate as parallel_problems
 # megatron-core's list (TransformerConfig.recompute_modules).
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 # Names that megatron-core 0.16.1 only defines with Transformer Engine, or that need its grouped expert kernels.
-RECOMPUTE_MODULES_CUDA = ("core_attn", "layernorm", "moe_act")
+RECOMPUTE_MODULES_CUDA = ("core_attn", "layernorm")
 PROCEDURAL = ("chain_sum", "countdown")
 
 
@@ -50,6 +50,7 @@ def validate_config(cfg: RunConfig, world_size: int | None = None, check_files: 
         *_rl(cfg),
         *_optimizer(cfg),
         *_recompute(cfg),
+        *_experts(cfg),
         *_data(cfg),
     ]
     if check_files:
@@ -347,6 +348,21 @@ def _rl(cfg: RunConfig) -> Iterator[str]:
             f"rl.clip_ratio_dual={rl.clip_ratio_dual} has to exceed 1: it caps the ratio of negative advantages. "
             f"Set 3, or null to switch it off."
         )
+    if rl.policy_loss == "cispo" and rl.clip_ratio_dual is not None:
+        yield (
+            f"rl.clip_ratio_dual={rl.clip_ratio_dual} has no meaning with rl.policy_loss=cispo, whose ratio is clipped "
+            f"above for either sign of the advantage. Set rl.clip_ratio_dual=null, or rl.policy_loss=ppo."
+        )
+    if rl.policy_loss == "gspo" and cfg.parallel.context_parallel_size > 1:
+        yield (
+            f"rl.policy_loss=gspo averages over whole sequences, and parallel.context_parallel_size="
+            f"{cfg.parallel.context_parallel_size} cuts them. Set rl.policy_loss=ppo, or context_parallel_size=1."
+        )
+    if rl.kl_estimator == "unbiased" and rl.kl_coef == 0:
+        yield (
+            "rl.kl_estimator=unbiased has nothing to estimate: rl.kl_coef is 0. Set rl.kl_coef above 0, or "
+            "rl.kl_estimator=k3."
+        )
     limit = rl.probs_diff_limit
     if cfg.train.bf16 and rl.on_probs_diff == "stop" and limit is not None and limit < MIN_PROBS_DIFF_LIMIT_BF16:
         yield (
@@ -431,8 +447,23 @@ def _recompute(cfg: RunConfig) -> Iterator[str]:
             yield (
                 f"train.recompute_modules: {needs_cuda} need Transformer Engine's layers, so parallel.device=cuda, "
                 f"which is {cfg.parallel.device}, and train.bf16=true, which is {_yaml(t.bf16)}. Elsewhere use "
-                "mla_up_proj, mlp, moe, shared_experts."
+                "mla_up_proj, mlp, moe, moe_act, shared_experts."
             )
+
+
+def _experts(cfg: RunConfig) -> Iterator[str]:
+    """The expert implementations do not all run everywhere."""
+    t = cfg.train
+    if t.moe_experts == "transformer_engine" and (cfg.parallel.device == "cpu" or not t.bf16):
+        yield (
+            "train.moe_experts=transformer_engine needs CUDA and train.bf16=true; here parallel.device="
+            f"{cfg.parallel.device} and train.bf16={_yaml(t.bf16)}. Use grouped or auto."
+        )
+    if "moe_act" in t.recompute_modules and t.moe_experts == "sequential":
+        yield (
+            "train.recompute_modules: moe_act does not go with train.moe_experts=sequential. Recompute moe instead, "
+            "or use grouped experts, which never keep the activation."
+        )
 
 
 def _most_layers_in_a_chunk(cfg: RunConfig) -> int | None:

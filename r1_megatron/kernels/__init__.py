@@ -1,9 +1,7 @@
-"""Arithmetic that is worth an operator of its own, each behind a plain PyTorch form.
+"""Arithmetic that is worth an operator of its own: a written contract, a plain PyTorch form, compiled forms in csrc/.
 
-What lives here is pure tensor arithmetic with a written contract (shapes, dtypes, formula) and, where it matters, its
-analytic gradient. The plain form runs on every machine and in float64, so it is also the oracle of the tests; a
-compiled operator attaches under the same function and must agree with it. Nothing here knows a model, a schedule or a
-configuration; the only communication is what an operator's formula needs, over the process group it is given.
-
-``vocab_parallel.py``: log-probability and entropy of a token from vocabulary-sharded logits.
+``ops.py`` is the table of contents: schemas, shapes, meaning. ``reference.py`` holds the plain forms, which run on
+every machine and in float64 and are the oracle of the tests; ``library.py`` loads the compiled ones. What training
+calls are the differentiable functions over them. Nothing here knows a model, a schedule or a configuration; the only
+communication is what an operator's formula needs, over the process group it is given.
 """

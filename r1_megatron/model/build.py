@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from r1_megatron.config.schema import RunConfig
-from r1_megatron.model.deepseek_v3 import layer_specs, padded_vocab_size, transformer_config
+from r1_megatron.model.deepseek_v3 import chosen_experts, layer_specs, padded_vocab_size, transformer_config
 from r1_megatron.model.parameters import GlobalParameter, global_parameters
 from r1_megatron.model.policy_model import PolicyModel
 from r1_megatron.model.routing import number_routers
@@ -25,7 +25,8 @@ def build_model(cfg: RunConfig, groups: ProcessGroups, draw_weights: bool = True
     """
     # Its attention kernels know no float32.
     transformer_engine = groups.device.type == "cuda" and cfg.train.bf16 and has_transformer_engine()
-    config = transformer_config(cfg.model, cfg.parallel, cfg.train, transformer_engine)
+    experts = chosen_experts(cfg.train, groups.device.type, transformer_engine)
+    config = transformer_config(cfg.model, cfg.parallel, cfg.train, transformer_engine, experts)
     topology = groups.topology
     vpp = topology.vpp if topology.vpp > 1 else None
     vocab = padded_vocab_size(cfg.model.vocab_size, topology.tp)
@@ -33,7 +34,7 @@ def build_model(cfg: RunConfig, groups: ProcessGroups, draw_weights: bool = True
     for stage in range(vpp or 1):
         vp_stage = stage if vpp else None
         where = {"ignore_virtual": vpp is None, "vp_stage": vp_stage}
-        block, mtp = layer_specs(config, transformer_engine, vp_stage)
+        block, mtp = layer_specs(config, transformer_engine, experts, vp_stage)
         with cuda_type_names():  # shared embeddings are sent with .cuda()
             chunk = PolicyModel(
                 config=config,

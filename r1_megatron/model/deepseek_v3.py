@@ -13,6 +13,7 @@ Facts that took care (checked against Transformers' DeepseekV3 in float64):
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Literal
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -21,15 +22,28 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.post_training.modelopt.layers import Linear as ReplicatedLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from r1_megatron.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from r1_megatron.model.attention import CausalAttention
+from r1_megatron.model.experts import GroupedExperts
 from r1_megatron.model.latent_attention import LatentAttention
 from r1_megatron.model.multi_token import PackedMultiTokenPredictionLayer
 from r1_megatron.model.norm import RMSNorm
 from r1_megatron.model.routing import PackedRouter
 from r1_megatron.topology import Topology
+
+Experts = Literal["grouped", "sequential", "transformer_engine"]
+
+
+def chosen_experts(train: TrainConfig, device: str, transformer_engine: bool) -> Experts:
+    """The implementation behind ``train.moe_experts``, whose "auto" takes what has been run on this kind of device."""
+    if train.moe_experts != "auto":
+        return train.moe_experts
+    if transformer_engine:
+        return "transformer_engine"
+    return "grouped" if device == "cpu" else "sequential"
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -38,7 +52,11 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, transformer_engine: bool = False
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    transformer_engine: bool = False,
+    experts: Experts = "grouped",
 ) -> MLATransformerConfig:
     """megatron-core's configuration of one rank's model."""
     dtype = torch.bfloat16 if train.bf16 else torch.float32
@@ -63,7 +81,11 @@ def transformer_config(
             "recompute_num_layers": train.recompute_num_layers,
         }
     elif train.recompute_granularity == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": list(train.recompute_modules)}
+        modules = list(train.recompute_modules)
+        if experts == "grouped" and "moe_act" in modules:
+            modules.remove("moe_act")  # they never keep it
+        if modules:
+            recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
     stages = {}
     if parallel.pipeline_model_parallel_layout is not None:
         stages["pipeline_model_parallel_layout"] = parallel.pipeline_model_parallel_layout
@@ -113,7 +135,7 @@ def transformer_config(
         moe_router_load_balancing_type="seq_aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=transformer_engine,
+        moe_grouped_gemm=experts == "transformer_engine",
         # multi-token prediction
         mtp_num_layers=model.mtp_num_layers or None,
         mtp_loss_scaling_factor=model.mtp_loss_scaling_factor if model.mtp_num_layers else None,
@@ -143,20 +165,19 @@ def transformer_config(
     )
 
 
-def layer_specs(config: MLATransformerConfig, transformer_engine: bool, vp_stage: int | None):
+def layer_specs(config: MLATransformerConfig, transformer_engine: bool, experts: Experts, vp_stage: int | None):
     """The decoder block's spec for one chunk, and the multi-token-prediction block's where the chunk holds it."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
     )
-    block.layer_specs = [_our_layer(spec, transformer_engine) for spec in block.layer_specs]
+    block.layer_specs = [_our_layer(spec, transformer_engine, experts) for spec in block.layer_specs]
     if not transformer_engine:
         block.layer_norm = RMSNorm
     mtp = None
     if config.mtp_num_layers:
         last = get_gpt_decoder_layer_specs(config, transformer_engine, normalization="RMSNorm")[-1]
-        mtp = get_gpt_mtp_block_spec(
-            config, _our_layer(last, transformer_engine), use_transformer_engine=transformer_engine, vp_stage=vp_stage
-        )
+        last = _our_layer(last, transformer_engine, experts)
+        mtp = get_gpt_mtp_block_spec(config, last, use_transformer_engine=transformer_engine, vp_stage=vp_stage)
         for layer in [] if mtp is None else mtp.layer_specs:
             layer.module = PackedMultiTokenPredictionLayer
             if not transformer_engine:
@@ -164,13 +185,15 @@ def layer_specs(config: MLATransformerConfig, transformer_engine: bool, vp_stage
     return block, mtp
 
 
-def _our_layer(spec, transformer_engine: bool):
-    """One transformer layer's spec with our attention, router, norm and replicated down projections."""
+def _our_layer(spec, transformer_engine: bool, experts: Experts):
+    """One transformer layer's spec with our attention, router, experts, norm and replicated down projections."""
     spec = deepcopy(spec)
     layer = spec.submodules
     layer.self_attention.module = LatentAttention
     if hasattr(layer.mlp.submodules, "router"):
         layer.mlp.submodules.router = PackedRouter
+        if experts == "grouped":
+            layer.mlp.submodules.experts = ModuleSpec(module=GroupedExperts)
     if not transformer_engine:
         attention = layer.self_attention.submodules
         attention.core_attention = CausalAttention

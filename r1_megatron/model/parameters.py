@@ -1,8 +1,8 @@
 """Local parameters under their global names: what this rank's shard is a shard *of*.
 
-megatron-core numbers layers and experts locally per chunk and rank. A `GlobalParameter` says the global name, the
-whole tensor's shape and how this rank's part is cut from it, for everything that has to agree across layouts:
-initial weights, Hugging Face names, comparisons.
+megatron-core numbers layers and experts locally per chunk and rank, and our experts are stacked in one tensor. A
+`GlobalParameter` says the global name, the whole tensor's shape and how this rank's part is cut from it, for everything
+that has to agree across layouts: initial weights, Hugging Face names, comparisons.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from r1_megatron.parallel.groups import ProcessGroups
 
 # Transformer Engine fuses a norm into the linear behind it and stacks a rank's experts: back to one set of names.
+_STACKED_EXPERTS = re.compile(r"(.*\.experts)\.(linear_fc[12]\.weight)")
 _TRANSFORMER_ENGINE_NAMES = (
     (r"\.linear_q_up_proj\.layer_norm_weight$", ".q_layernorm.weight"),
     (r"\.linear_kv_up_proj\.layer_norm_weight$", ".kv_layernorm.weight"),
@@ -31,7 +32,7 @@ class GlobalParameter:
     Attributes:
         name: global megatron-core name, e.g. ``decoder.layers.17.mlp.experts.local_experts.41.linear_fc1.weight``.
         local_name: the name within the chunk.
-        tensor: the local shard.
+        tensor: the local shard; of a stacked parameter the view of one expert, with its part of ``main_grad``.
         shard_axis: axis cut over ``shards`` ranks, or ``None`` for a replicated tensor.
         gated: the rows are gate and up projection stacked; each half is cut by itself.
     """
@@ -71,7 +72,7 @@ def global_parameters(chunk: torch.nn.Module, groups: ProcessGroups, biases: boo
     tensors = list(chunk.named_parameters())
     if biases:
         tensors += [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")]
-    for local_name, tensor in tensors:
+    for local_name, tensor in _one_by_one(tensors):
         name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{numbers[int(m[1])]}.", local_name)
         if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"  # the last stage's copy
@@ -94,3 +95,16 @@ def global_parameters(chunk: torch.nn.Module, groups: ProcessGroups, biases: boo
             shards=group.size(),
             shard=group.rank(),
         )
+
+
+def _one_by_one(tensors: list[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stacked experts (`model/experts.py`) as the tensors of `SequentialMLP`; all others as they are."""
+    for name, tensor in tensors:
+        stacked = _STACKED_EXPERTS.fullmatch(name)
+        if stacked is None:
+            yield name, tensor
+            continue
+        for expert, view in enumerate(tensor):
+            if hasattr(tensor, "main_grad"):
+                view.main_grad = tensor.main_grad[expert]
+            yield f"{stacked[1]}.local_experts.{expert}.{stacked[2]}", view

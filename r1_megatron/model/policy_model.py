@@ -1,50 +1,66 @@
-"""The GPTModel whose loss hook answers token log-probabilities (and entropies) instead of one cross entropy."""
+"""The GPTModel whose last stage hands its hidden states to a head, instead of making logits and a cross entropy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 
-from r1_megatron.kernels.vocab_parallel import token_statistics
+from r1_megatron.kernels.linear_head import linear_token_statistics
+
+# head(hidden [T, H], weight [V / tp, H], labels [T], vocab_start=, vocab_size=, group=): the keywords say where the
+# weight's rows are, as kernels/linear_head.py wants it. What it answers is what the model answers. A tuple survives
+# the bf16 wrapper, which makes float32 of half-precision tensors and a plain tuple of any kind of tuple.
+Head = Callable[..., Any]
 
 
 class PolicyModel(GPTModel):
-    """A chunk of the policy. With labels, the last chunk answers float32 (float64 for float64 weights) statistics.
+    """A chunk of the policy. With labels, the last chunk answers what ``head`` makes of its hidden states.
 
-    The answer is ``[1, T]``: the negative log-probability of each label at ``temperature``; with ``need_entropy`` it
-    is ``[2, T]``, the entropy of the distribution below it (with a gradient only if ``entropy_gradient``). The
-    multi-token-prediction heads pass through the same hook and always get ``[1, T]`` at temperature 1, the plain cross
-    entropy megatron-core expects there.
+    The multi-token-prediction heads answer megatron-core the plain cross entropy ``[1, T]`` that it expects. Without
+    labels there are logits, from the output layer itself.
     """
 
     def __init__(self, *args, real_vocab_size: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
-        self.temperature = 1.0
-        self.need_entropy = False
-        self.entropy_gradient = False
-        self._main_labels: torch.Tensor | None = None
+        self._labels: torch.Tensor | None = None
+        self._head: Head | None = None
+        if self.post_process:
+            self._logits = self.output_layer.forward
+            self.output_layer.forward = self._hidden_states_or_logits
 
-    def forward(self, input_ids, position_ids, attention_mask, *args, labels=None, **kwargs):
-        self._main_labels = labels
+    def forward(self, input_ids, position_ids, attention_mask, *args, labels=None, head: Head | None = None, **kwargs):
+        assert (labels is None) == (head is None), "labels and head belong together"
+        self._labels, self._head = labels, head
         try:
             return super().forward(input_ids, position_ids, attention_mask, *args, labels=labels, **kwargs)
         finally:
-            self._main_labels = None
+            self._labels = self._head = None
 
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """``labels [1, T]``, ``logits [T, 1, V / tp]``."""
-        main_head = labels is self._main_labels
-        shard = logits.shape[-1]
-        logprobs_T, entropy_T = token_statistics(
-            logits.squeeze(1),
-            labels[0],
-            vocab_start=self.pg_collection.tp.rank() * shard,
-            vocab_size=self.real_vocab_size,
-            group=self.pg_collection.tp,
-            temperature=self.temperature if main_head else 1.0,
-            need_entropy=self.need_entropy and main_head,
-        )
-        if entropy_T is None:
-            return -logprobs_T[None]
-        return torch.stack([-logprobs_T, entropy_T if self.entropy_gradient else entropy_T.detach()])
+    def _hidden_states_or_logits(self, hidden: torch.Tensor, *args, **kwargs):
+        """``output_layer.forward``: with labels, the hidden states go on to the loss as they are."""
+        return self._logits(hidden, *args, **kwargs) if self._labels is None else (hidden, None)
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> Any:
+        """``labels [1, T]``; ``logits`` are the hidden states ``[T, 1, H]``, or a sequence shard of them."""
+        tp, hidden = self.pg_collection.tp, logits
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=tp)
+        weight = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        shard = {"vocab_start": tp.rank() * weight.shape[0], "vocab_size": self.real_vocab_size, "group": tp}
+        if labels is self._labels:
+            assert self._head is not None
+            return self._head(hidden.squeeze(1), weight, labels[0], **shard)
+        logprobs_T, _ = linear_token_statistics(hidden.squeeze(1), weight, labels[0], need_entropy=False, **shard)
+        return -logprobs_T[None]

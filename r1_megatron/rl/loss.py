@@ -10,6 +10,14 @@ For a token with log-probability ``l`` and advantage ``A`` ::
     k  = exp(d) - d - 1,  d = l_ref - l                       k3 estimate of KL(policy || reference)
     c  = min(exp(l_old - l_rollout), tis_cap)                 truncated importance sampling (no gradient: l_old is data)
 
+with two other policy losses, of which ``sg`` takes the gradient away and ``i`` is the token's sequence ::
+
+    cispo:  pg = -A sg(min(r, 1 + clip_ratio_high)) l         every token keeps a gradient (arXiv 2506.13585)
+    gspo:   r = exp(mean over i of (l - l_old)) in pg         one ratio per sequence (arXiv 2507.18071)
+
+and ``k`` times ``exp(l - l_old)`` for ``kl_estimator: unbiased`` (DeepSeek-V3.2 report, arXiv 2512.02556): its expected
+gradient is that of the KL divergence itself. Log-ratios are clipped to +-20 before the exponential.
+
 Averaging over tokens and sequences is none of its business: ``weights.py`` turns it into data. The loss of a step is
 ``sum_t weights[t] * loss[t]``.
 """
@@ -22,13 +30,33 @@ import torch
 from torch import Tensor
 
 from r1_megatron.config.schema import RLConfig
+from r1_megatron.kernels.ops import POLICY_TERMS
+from r1_megatron.kernels.policy_loss import PolicyOptions, PolicyTokens, policy_surrogate
 
-# Log-ratios beyond this are clipped (a ratio of 5e8): the exponential stays finite, the gradient beyond is zero.
-MAX_LOG_RATIO = 20.0
+# Every term of the operator and the names under which its sum, and its maximum, are reported.
+_SUMS = {
+    "ppo_kl": "actor/ppo_kl",
+    "clipped": "actor/pg_clipfrac",
+    "dual_clipped": "actor/pg_clipfrac_dual",
+    "entropy": "actor/entropy",
+    "kl": "actor/kl",
+    "ratio": "actor/ratio",
+    "tis_weight": "actor/tis_weight",
+    "probs_diff": "training/rollout_probs_diff_mean",
+    "logprobs_diff": "training/rollout_logprobs_diff_mean",
+}
+_MAXIMA = {
+    "probs_diff": "training/rollout_probs_diff_max",
+    "logprobs_diff": "training/rollout_logprobs_diff_max",
+}
 
 
 def policy_loss(
-    logprobs: Tensor, entropy: Tensor | None, arrays: Mapping[str, Tensor], cfg: RLConfig
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    arrays: Mapping[str, Tensor],
+    cfg: RLConfig,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss per token and what there is to know about it.
 
@@ -42,85 +70,67 @@ def policy_loss(
             ``behaviour_logprobs``; ``old_logprobs`` where the policy has moved since the rollout (absent: ``l_old`` is
             ``l`` without gradient); ``reference_logprobs`` where ``kl_coef`` is not zero.
         cfg: which terms there are.
+        cu_seqlens: ``[S + 1]`` int32, where each sequence starts and the last one ends: for ``policy_loss: gspo``.
 
     Returns:
         ``(loss, metrics)``. Metrics are detached scalars over this call's loss tokens: names ending in ``_max`` are
         maxima, all others are sums (of which ``num_tokens`` counts the tokens). See :func:`merge_metrics`.
     """
-    mask = arrays["loss_mask"] > 0
-    zeros = torch.zeros_like(logprobs)
-
-    def masked(values: Tensor) -> Tensor:
-        return torch.where(mask, values.to(logprobs.dtype), zeros)
-
-    l = masked(logprobs)
-    l_rollout = masked(arrays["behaviour_logprobs"])
-    l_old = masked(arrays["old_logprobs"]) if "old_logprobs" in arrays else l.detach()
-    advantages = masked(arrays["advantages"])
-
-    log_ratio = (l - l_old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - cfg.clip_ratio_low, 1 + cfg.clip_ratio_high)
-    is_clipped = clipped > unclipped
-    pg = torch.where(is_clipped, clipped, unclipped)
-    is_dual_clipped = torch.zeros_like(mask)
-    if cfg.clip_ratio_dual is not None:
-        cap = -advantages * cfg.clip_ratio_dual
-        is_dual_clipped = (advantages < 0) & (pg > cap)
-        pg = torch.where(is_dual_clipped, cap, pg)
-
-    tis_weight = torch.ones_like(zeros)
-    if cfg.tis_cap is not None:
-        tis_weight = (l_old - l_rollout).clamp(max=MAX_LOG_RATIO).exp().clamp(max=cfg.tis_cap)
-    loss = tis_weight * pg
-
-    kl = zeros
-    if cfg.kl_coef != 0.0 and "reference_logprobs" not in arrays:
-        raise ValueError(f"rl.kl_coef={cfg.kl_coef} needs reference_logprobs, and this batch has none")
-    if "reference_logprobs" in arrays:
-        kl = k3(masked(arrays["reference_logprobs"]) - l)
-    if cfg.kl_coef != 0.0:
-        loss = loss + cfg.kl_coef * kl
-
-    if cfg.entropy_coef != 0.0 and entropy is None:
+    options = policy_options(cfg)
+    if options.entropy_coef and entropy is None:
         raise ValueError(f"rl.entropy_coef={cfg.entropy_coef} needs the entropy, and none was computed")
-    h = zeros if entropy is None else masked(entropy)
-    if cfg.entropy_coef != 0.0:
-        loss = loss - cfg.entropy_coef * h
-
-    with torch.no_grad():
-        probs_diff = (l_old.exp() - l_rollout.exp()).abs()
-        logprobs_diff = (l_old - l_rollout).abs()
-        metrics = {
-            "num_tokens": mask.sum().to(logprobs.dtype),
-            "actor/ppo_kl": -(l - l_old).sum(),
-            "actor/pg_clipfrac": masked(is_clipped).sum(),
-            "actor/pg_clipfrac_dual": masked(is_dual_clipped).sum(),
-            "actor/entropy": h.sum(),
-            "actor/kl": kl.sum(),
-            "actor/ratio": masked(ratio).sum(),
-            "actor/tis_weight": masked(tis_weight).sum(),
-            "training/rollout_probs_diff_mean": probs_diff.sum(),
-            "training/rollout_probs_diff_max": _max(probs_diff),
-            "training/rollout_logprobs_diff_mean": logprobs_diff.sum(),
-            "training/rollout_logprobs_diff_max": _max(logprobs_diff),
-        }
-    # One last `where`: with a zero mask even a term that is not zero at l = 0 leaves nothing behind.
-    return torch.where(mask, loss, zeros), metrics
+    tokens = policy_tokens(arrays, torch.ones_like(logprobs), cfg, logprobs.dtype, cu_seqlens)
+    flat_entropy = None if entropy is None else entropy.reshape(-1).contiguous()
+    loss_T, terms_NT = policy_surrogate(logprobs.reshape(-1).contiguous(), flat_entropy, tokens, options)
+    return loss_T.view(logprobs.shape), policy_metrics(terms_NT, tokens.loss_mask)
 
 
-def k3(d: Tensor) -> Tensor:
-    """``exp(d) - d - 1`` to full precision (http://joschu.net/blog/kl-approx.html, estimator k3).
+def policy_options(cfg: RLConfig) -> PolicyOptions:
+    return PolicyOptions(
+        variant=cfg.policy_loss,
+        clip_low=cfg.clip_ratio_low,
+        clip_high=cfg.clip_ratio_high,
+        dual_clip=cfg.clip_ratio_dual,
+        kl_estimator=cfg.kl_estimator,
+        kl_coef=cfg.kl_coef,
+        entropy_coef=cfg.entropy_coef,
+        tis_cap=cfg.tis_cap,
+    )
 
-    The three terms cancel for small ``d``: in float32 the plain form is several per cent wrong at 1e-3. Below 1e-2 its
-    Taylor series, nested, is exact to the last bit in float64 too. Above ``MAX_LOG_RATIO`` the value stays constant.
-    """
-    d = d.clamp(max=MAX_LOG_RATIO)
-    small = d.abs() < 1e-2
-    s = torch.where(small, d, 0.0)
-    series = s * s / 2 * (1 + s / 3 * (1 + s / 4 * (1 + s / 5 * (1 + s / 6 * (1 + s / 7)))))
-    return torch.where(small, series, torch.expm1(d) - d)
+
+def policy_tokens(
+    arrays: Mapping[str, Tensor],
+    weights: Tensor,
+    cfg: RLConfig,
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None = None,
+) -> PolicyTokens:
+    """The operator's view of a batch: ``arrays`` as in :func:`policy_loss`, ``[T]`` each, in the arithmetic's dtype."""
+    if cfg.kl_coef and "reference_logprobs" not in arrays:
+        raise ValueError(f"rl.kl_coef={cfg.kl_coef} needs reference_logprobs, and this batch has none")
+    if cfg.policy_loss == "gspo" and cu_seqlens is None:
+        raise ValueError("rl.policy_loss=gspo needs the boundaries of the sequences, and none were given")
+
+    def flat(array: Tensor | None) -> Tensor | None:
+        return None if array is None else array.detach().reshape(-1).to(dtype).contiguous()
+
+    names = ("loss_mask", "advantages", "behaviour_logprobs")
+    optional = ("old_logprobs", "reference_logprobs")
+    return PolicyTokens(
+        weights=flat(weights),
+        cu_seqlens=cu_seqlens if cfg.policy_loss == "gspo" else None,
+        **{name: flat(arrays[name]) for name in names},
+        **{name: flat(arrays.get(name)) for name in optional},
+    )
+
+
+def policy_metrics(terms_NT: Tensor, loss_mask_T: Tensor) -> dict[str, Tensor]:
+    """The metrics of :func:`policy_loss` from the operator's terms, which are zero outside the mask."""
+    terms: dict[str, Tensor] = dict(zip(POLICY_TERMS, terms_NT))
+    metrics = {"num_tokens": (loss_mask_T > 0).sum().to(terms_NT.dtype)}
+    metrics |= {metric: terms[name].sum() for name, metric in _SUMS.items()}
+    metrics |= {metric: _max(terms[name]) for name, metric in _MAXIMA.items()}
+    return metrics
 
 
 def is_maximum(name: str) -> bool:

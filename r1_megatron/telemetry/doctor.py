@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from r1_megatron.telemetry.gpu import list_gpus
 from r1_megatron.telemetry.host import available_cores, available_memory_bytes, version_of
@@ -35,11 +35,28 @@ class Finding:
     consequence: str = ""
 
 
-def examine() -> list[Finding]:
+class Operators(Protocol):
+    """What is asked of the compiled operators: ``kernels.library.Library``, which this room does not import."""
+
+    @property
+    def loaded(self) -> bool: ...
+    @property
+    def problem(self) -> str: ...
+    @property
+    def cpu_capability(self) -> str: ...
+    @property
+    def with_cuda(self) -> bool: ...
+
+
+def examine(load_operators: Callable[[], Operators]) -> list[Finding]:
     """All findings, hardware first. Never raises: a check that fails is a finding."""
+
+    def operators() -> list[Finding]:
+        return [_operators(load_operators())]
+
     checks: tuple[Callable[[], Sequence[Finding]], ...] = (
         _host, _gpus, _python, _torch, _communication, _megatron_core, _transformer_engine, _apex,
-        _packages, _compilers,
+        _packages, operators, _compilers,
     )  # fmt: skip
     findings: list[Finding] = []
     for check in checks:
@@ -192,19 +209,41 @@ def _packages() -> list[Finding]:
     return findings
 
 
+def _operators(operators: Operators) -> Finding:
+    topic = "operators (csrc)"
+    reinstall = "pip install --force-reinstall --no-deps ."
+    if not operators.loaded:
+        remedy = f"reinstall with a C++20 compiler: {reinstall}"
+        if os.environ.get("R1_MEGATRON_LIBRARY") == "off":
+            remedy = "unset R1_MEGATRON_LIBRARY"
+        consequence = f"plain PyTorch operators: right, slower; {remedy}"
+        return Finding(topic, "none", operators.problem, consequence)
+    if operators.with_cuda:
+        return Finding(topic, "ok", f"CPU ({operators.cpu_capability}) and CUDA")
+    import torch
+
+    found = f"CPU ({operators.cpu_capability}), no CUDA"
+    if not torch.cuda.is_available():
+        return Finding(topic, "ok", found)
+    consequence = f"plain PyTorch operators on GPUs: right, slower; reinstall with nvcc on PATH: {reinstall}"
+    return Finding(topic, "none", found, consequence)
+
+
 def _compilers() -> list[Finding]:
+    """As ``setup.py`` looks for them. What is missing here does not touch operators that are installed already."""
     findings = []
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler:
         findings.append(Finding("C++ compiler", "ok", _first_line([*shlex.split(compiler), "--version"])))
     else:
-        findings.append(Finding("C++ compiler", "none", "none found", "the plain PyTorch operators are used"))
-    nvcc = shutil.which("nvcc") or next((str(p) for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
+        findings.append(Finding("C++ compiler", "none", "none found", "csrc/ cannot be built here"))
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    nvcc = os.environ.get("R1_MEGATRON_NVCC") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
     if nvcc:
         release = re.search(r"release ([\d.]+)", _output([nvcc, "--version"]))
         findings.append(Finding("nvcc", "ok", f"{release.group(1) if release else 'unknown release'} ({nvcc})"))
     else:
-        findings.append(Finding("nvcc", "none", "none found", "CUDA operators cannot be built here"))
+        findings.append(Finding("nvcc", "none", "none found", "the CUDA operators of csrc/ cannot be built here"))
     return findings
 
 

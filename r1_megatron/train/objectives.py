@@ -1,4 +1,8 @@
-"""What a step minimises: token statistics of a microbatch to one weighted sum and its metrics.
+"""What a step minimises: from the last hidden states of a microbatch to one weighted sum and its metrics.
+
+An objective hands the model's last stage a *head* for each microbatch. The head gets the hidden states and the weight
+of the output layer, and decides by itself what it makes of them, so that logits need never exist as a whole
+(`kernels/linear_head.py`).
 
 Averaging is never done here: `MicroBatch.weights` already carry mask and aggregation over the whole step.
 """
@@ -6,40 +10,30 @@ Averaging is never done here: `MicroBatch.weights` already carry mask and aggreg
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from r1_megatron.config.schema import RLConfig
-from r1_megatron.rl.loss import policy_loss
+from r1_megatron.kernels.linear_head import TokenLoss, linear_policy_loss, linear_token_statistics
+from r1_megatron.kernels.policy_loss import policy_surrogate, surrogate
+from r1_megatron.model.policy_model import Head
+from r1_megatron.rl.loss import policy_metrics, policy_options, policy_tokens
 from r1_megatron.types import MicroBatch
 
-Metrics = dict[str, torch.Tensor]
+Metrics = dict[str, Tensor]
 
 
 class Objective(Protocol):
-    """What the model's head has to compute, and what it becomes.
-
-    ``need_entropy`` asks for the entropy, ``entropy_gradient`` for its gradient too; ``trains_mtp`` says whether the
-    multi-token-prediction heads learn from the step's weights.
-    """
-
-    @property
-    def temperature(self) -> float: ...
-
-    @property
-    def need_entropy(self) -> bool: ...
-
-    @property
-    def entropy_gradient(self) -> bool: ...
+    """``trains_mtp`` says whether the multi-token-prediction heads learn from the step's weights."""
 
     @property
     def trains_mtp(self) -> bool: ...
 
-    def __call__(
-        self, nll: torch.Tensor, entropy: torch.Tensor | None, batch: MicroBatch
-    ) -> tuple[torch.Tensor, Metrics]:
-        """``nll``, ``entropy``: ``[1, T]``. Answers the scalar loss and metrics (sums; maxima end in ``_max``)."""
+    def head(self, batch: MicroBatch) -> Head:
+        """The head of one microbatch. In training it answers ``(loss, metrics)``: the scalar that is minimised, which
+        goes into backward() as it is, and detached scalars (sums; maxima end in ``_max``)."""
         ...
 
 
@@ -52,26 +46,72 @@ class PolicyObjective:
     need_entropy: bool = True
     trains_mtp: bool = False
 
-    @property
-    def entropy_gradient(self) -> bool:
-        return self.rl.entropy_coef != 0
+    def head(self, batch: MicroBatch) -> Head:
+        options = policy_options(self.rl)
+        asked = {"temperature": self.temperature, "need_entropy": self.need_entropy or options.entropy_coef != 0}
+        boundaries = None if options.is_token_wise else cu_seqlens(batch)
 
-    def __call__(self, nll, entropy, batch):
-        loss, metrics = policy_loss(-nll, entropy, batch.arrays, self.rl)
-        return (loss * batch.weights).sum(), metrics
+        def head(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, **shard: Any) -> tuple[Tensor, Metrics]:
+            dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
+            tokens = policy_tokens(batch.arrays, batch.weights, self.rl, dtype, boundaries)
+            if options.is_token_wise:
+
+                def token_loss(rows: slice, logprobs_R: Tensor, entropy_R: Tensor | None):
+                    return surrogate(logprobs_R, entropy_R, tokens[rows], options)
+
+                loss, terms_NT = linear_policy_loss(hidden_TH, weight_VH, targets_T, token_loss, **asked, **shard)
+            else:
+                statistics = linear_token_statistics(hidden_TH, weight_VH, targets_T, **asked, **shard)
+                loss_T, terms_NT = policy_surrogate(*statistics, tokens, options)
+                loss = loss_T.sum()
+            return loss, policy_metrics(terms_NT, tokens.loss_mask)
+
+        return head
 
 
 @dataclass(frozen=True)
 class SupervisedObjective:
     """Cross entropy of the weighted tokens: supervised fine-tuning, rejection sampling, distillation."""
 
-    temperature: float = 1.0
-    need_entropy: bool = False
-    entropy_gradient: bool = False
     trains_mtp: bool = True
 
-    def __call__(self, nll, entropy, batch):
-        learned = batch.weights > 0
-        loss = (torch.where(learned, nll, 0.0) * batch.weights).sum()
-        count = learned.sum().to(nll.dtype)
-        return loss, {"num_tokens": count, "sft/loss": torch.where(learned, nll, 0.0).detach().sum()}
+    def head(self, batch: MicroBatch) -> Head:
+        learned_T = batch.weights[0] != 0
+
+        def head(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, **shard: Any) -> tuple[Tensor, Metrics]:
+            loss, nll_1T = linear_policy_loss(
+                hidden_TH, weight_VH, targets_T, cross_entropy(batch.weights[0]), need_entropy=False, **shard
+            )
+            nll = torch.where(learned_T, nll_1T[0], 0.0)
+            return loss, {"num_tokens": learned_T.sum().to(nll.dtype), "sft/loss": nll.sum()}
+
+        return head
+
+
+def cross_entropy(weights_T: Tensor) -> TokenLoss:
+    """``-weight * log-probability`` of every token; what a token without weight holds does not matter."""
+
+    def token_loss(rows: slice, logprobs_R: Tensor, entropy_R: Tensor | None):
+        weights_R = weights_T[rows].to(logprobs_R.dtype)
+        loss_R = torch.where(weights_R == 0, 0.0, -weights_R * logprobs_R)
+        return loss_R, -weights_R, None, -logprobs_R[None]
+
+    return token_loss
+
+
+def annotation(temperature: float) -> Head:
+    """A head that answers the log-probability of every label, ``[1, T]``, and nothing else."""
+
+    def head(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, **shard: Any) -> Tensor:
+        logprobs_T, _ = linear_token_statistics(
+            hidden_TH, weight_VH, targets_T, temperature=temperature, need_entropy=False, **shard
+        )
+        return logprobs_T[None]
+
+    return head
+
+
+def cu_seqlens(batch: MicroBatch) -> Tensor:
+    """``[S + 1]`` int32, where each packed sequence starts; padding sequences are the last ones."""
+    ends = torch.tensor((0, *batch.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return ends.to(batch.tokens.device)

@@ -18,10 +18,10 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from r1_megatron.model.policy_model import PolicyModel
+from r1_megatron.model.policy_model import Head, PolicyModel
 from r1_megatron.model.routing import RoutingPlan, all_routers
 from r1_megatron.parallel.groups import ProcessGroups
-from r1_megatron.train.objectives import Metrics, Objective
+from r1_megatron.train.objectives import Metrics, Objective, annotation, cu_seqlens
 from r1_megatron.types import MicroBatch
 
 
@@ -63,45 +63,30 @@ def train_pass(
         for router in all_routers(chunk):
             router.router_replay.reset()
 
-    def read(output: torch.Tensor, batch: MicroBatch):
-        nll = output[:1]
-        entropy = output[1:] if objective.need_entropy else None
-        loss, metrics = objective(nll, entropy, batch)
+    def read(output: tuple[torch.Tensor, Metrics]):
+        loss, metrics = output
         return loss, torch.zeros((), dtype=torch.int), MicroBatchOutput(loss.detach().clone(), metrics)
 
-    return _run(pipeline, microbatches, objective, read, num_sequences, forward_only=False)
+    return _run(pipeline, microbatches, objective.head, read, num_sequences, trains_mtp=objective.trains_mtp)
 
 
 @torch.no_grad()
 def statistics_pass(pipeline: Pipeline, microbatches: Sequence[MicroBatch], temperature: float) -> list[torch.Tensor]:
     """Forward only: the log-probability of every label, ``[1, T]`` per microbatch. Answers on the last stage only."""
 
-    def read(output: torch.Tensor, batch: MicroBatch):
-        return -output[:1].detach().clone()
-
-    return _run(pipeline, microbatches, _Statistics(temperature), read, 0, forward_only=True)
-
-
-@dataclass(frozen=True)
-class _Statistics:
-    temperature: float
-    need_entropy: bool = False
-    entropy_gradient: bool = False
-    trains_mtp: bool = False
+    return _run(pipeline, microbatches, lambda _: annotation(temperature), torch.Tensor.clone, forward_only=True)
 
 
 def _run(
     pipeline: Pipeline,
     microbatches: Sequence[MicroBatch],
-    head,
+    head_of: Callable[[MicroBatch], Head],
     read: Callable,
-    num_sequences: int,
-    forward_only: bool,
+    num_sequences: int = 0,
+    trains_mtp: bool = False,
+    forward_only: bool = False,
 ) -> list:
     assert len(microbatches) % pipeline.count_multiple == 0
-    for chunk in pipeline.bare:
-        chunk.temperature, chunk.need_entropy = head.temperature, head.need_entropy
-        chunk.entropy_gradient = head.entropy_gradient
     bare = {id(wrapped): chunk for wrapped, chunk in zip(pipeline.wrapped, pipeline.bare)}
 
     def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module):
@@ -110,17 +95,18 @@ def _run(
         silent = replace(plan, aux_loss_scale=0.0)
         for router in all_routers(bare[id(model)]):
             in_decoder = router.router_replay.column is not None
-            router.router_replay.begin(plan if in_decoder or head.trains_mtp else silent)
-        mtp_weights = batch.weights if head.trains_mtp else torch.zeros_like(batch.weights)
+            router.router_replay.begin(plan if in_decoder or trains_mtp else silent)
+        mtp_weights = batch.weights if trains_mtp else torch.zeros_like(batch.weights)
         output = model(
             batch.tokens,
             batch.position_ids,
             None,
             labels=batch.labels,
+            head=head_of(batch),
             packed_seq_params=packed_sequences(batch),
             loss_mask=mtp_weights,
         )
-        return output, lambda output, non_loss_data=False: read(output, batch)
+        return output, lambda output, non_loss_data=False: read(output)
 
     iterators = [iter(microbatches) for _ in pipeline.wrapped]
     several = len(pipeline.wrapped) > 1
@@ -142,9 +128,7 @@ def _run(
 
 def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
     """The pack's boundaries for attention and rotary embedding; ``lengths`` keeps them as Python integers too."""
-    boundaries = torch.zeros(len(batch.lengths) + 1, dtype=torch.int32)
-    boundaries[1:] = torch.tensor(batch.lengths, dtype=torch.int32).cumsum(0)
-    boundaries = boundaries.to(batch.tokens.device)
+    boundaries = cu_seqlens(batch)
     longest = max(batch.lengths)
     packed = PackedSeqParams(
         qkv_format="thd",

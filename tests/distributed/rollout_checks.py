@@ -26,6 +26,7 @@ from r1_megatron.model.routing import chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups, build_process_groups
 from r1_megatron.rollout import sampler
 from r1_megatron.rollout.engine import Engine, build_engine
+from r1_megatron.train.objectives import annotation
 from r1_megatron.train.policy import Policy, build_policy
 from r1_megatron.types import Prompt, Rollout, TrainSample
 
@@ -339,8 +340,8 @@ def check_beside_training(parallel: ParallelConfig) -> dict[str, Any]:
     gradient = 0.0
     if parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size == 1:
         tokens = torch.tensor(rollouts[0].tokens)[None]
-        loss = chunk(tokens[:, :-1], torch.arange(tokens.shape[1] - 1)[None], None, labels=tokens[:, 1:]).sum()
-        loss.backward()
+        positions, labels = torch.arange(tokens.shape[1] - 1)[None], tokens[:, 1:]
+        chunk(tokens[:, :-1], positions, None, labels=labels, head=annotation(1.0)).sum().backward()
         # megatron-core's data parallelism moves the gradients into its buffers.
         gradient = float(sum(p.main_grad.abs().sum() for p in chunk.parameters()))
     second = engine.generate(prompts, 3, SAMPLING, seed=SEED)

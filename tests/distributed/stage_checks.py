@@ -280,17 +280,17 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_named(folder: str, parallel: ParallelConfig) -> None:
+def save_named(folder: str, parallel: ParallelConfig, experts: str = "auto") -> None:
     """Write a checkpoint of `TINY` in which every tensor's content follows from its global name."""
-    groups, chunks = _model(parallel)
+    groups, chunks = _model(parallel, experts=experts)
     for parameter in _parameters(chunks, groups):
         parameter.tensor.data.copy_(content(parameter))
     save_weights(folder, chunks, groups, {"step": 5, "stage": "sft", "policy_version": 5})
 
 
-def load_named(folder: str, parallel: ParallelConfig) -> Answer:
+def load_named(folder: str, parallel: ParallelConfig, experts: str = "auto") -> Answer:
     """Read it under a layout. Answers the names this rank holds, and those whose content is not what was written."""
-    groups, chunks = _model(parallel, seed=4321)
+    groups, chunks = _model(parallel, seed=4321, experts=experts)
     description = load_weights(folder, chunks, groups)
     names, wrong = [], []
     for parameter in _parameters(chunks, groups):
@@ -357,9 +357,10 @@ def failure_of_load(folder: str, parallel: ParallelConfig, model: dict | None = 
     return failure_of_grpo(f"{folder}_run", parallel, sections)
 
 
-def _model(parallel: ParallelConfig, seed: int = 1234, model: ModelConfig = TINY):
+def _model(parallel: ParallelConfig, seed: int = 1234, model: ModelConfig = TINY, experts: str = "auto"):
     groups = build_process_groups(parallel)
-    return groups, build_model(RunConfig(model=model, parallel=parallel, seed=seed), groups)
+    train = TrainConfig(moe_experts=experts)
+    return groups, build_model(RunConfig(model=model, parallel=parallel, train=train, seed=seed), groups)
 
 
 def _parameters(chunks, groups: ProcessGroups) -> list[GlobalParameter]:

@@ -370,13 +370,14 @@ RESHARDED = [
 
 @pytest.fixture(scope="module")
 def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory):
-    """Checkpoints by the layout that wrote them."""
+    """Checkpoints by the layout (and the expert module) that wrote them."""
     folder = tmp_path_factory.mktemp("saved")
 
-    def get(name: str) -> str:
-        path = folder / name / "final"
+    def get(name: str, experts: str = "auto") -> str:
+        path = folder / f"{name}_{experts}" / "final"
         if not path.exists():
-            ranks.run(f"{STAGES}:save_named", world_size(LAYOUTS[name]), folder=str(path), parallel=LAYOUTS[name])
+            options = {"folder": str(path), "parallel": LAYOUTS[name], "experts": experts}
+            ranks.run(f"{STAGES}:save_named", world_size(LAYOUTS[name]), **options)
         return str(path)
 
     return get
@@ -395,6 +396,19 @@ def test_a_checkpoint_is_read_under_another_layout(ranks: RankPool, saved, writt
         names.update(answer["names"])
     assert sum("expert_bias" in name for name in names) == 3
     assert {f"decoder.layers.3.mlp.experts.local_experts.{i}.linear_fc1.weight" for i in range(8)} <= names
+
+
+@pytest.mark.parametrize(
+    "written, read",
+    [(("sequential", "ep2"), ("grouped", "tp2etp2")), (("grouped", "tp2etp2"), ("sequential", "ep2"))],
+    ids=["sequential to grouped", "grouped to sequential"],
+)
+def test_expert_modules_read_each_others_checkpoints(ranks: RankPool, saved, written, read) -> None:
+    experts, layout = read
+    options = {"folder": saved(written[1], written[0]), "parallel": LAYOUTS[layout], "experts": experts}
+    for answer in ranks.run(f"{STAGES}:load_named", world_size(LAYOUTS[layout]), **options):
+        assert answer["wrong"] == []
+        assert any("local_experts" in name for name in answer["names"])
 
 
 def test_a_checkpoint_is_never_overwritten(ranks: RankPool, tmp_path: Path) -> None:

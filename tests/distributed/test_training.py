@@ -15,6 +15,7 @@ import pytest
 
 from tests.distributed.layouts import LAYOUTS, with_check, world_size
 from tests.rank_pool import RankPool
+from tests.tiny import TINY
 
 GRADIENT_ERROR = 1e-5
 Measured = Callable[[str, str], list[dict[str, Any]]]
@@ -39,6 +40,11 @@ def test_gradients(measured: Measured, layout: str) -> None:
     padded = [answer["padded_gradient"] for answer in answers if "padded_gradient" in answer]
     assert bool(padded) == ("tp2" in layout or layout == "eight")
     assert not any(padded)
+
+
+@layouts("sequential_experts")
+def test_sequential_experts(measured: Measured, layout: str) -> None:
+    assert_exact(measured(layout, "sequential_experts"))
 
 
 @layouts("one_rank_has_no_sample")
@@ -102,6 +108,13 @@ def test_logprobs_of_policy_and_reference(measured: Measured, layout: str) -> No
     for answer in measured(layout, "logprobs"):
         assert max(answer["error"], answer["reference_error"], answer["error_afterwards"]) <= 3e-5
         assert answer["unchanged"]
+
+
+@layouts("plain_logits")
+def test_logits_without_labels(measured: Measured, layout: str) -> None:
+    for answer in measured(layout, "plain_logits"):
+        assert answer["shape"][2] == -(-TINY.vocab_size // (2 if layout == "tp2" else 1))
+        assert answer["error"] <= 1e-5
 
 
 @layouts("router_replay")

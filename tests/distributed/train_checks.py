@@ -17,12 +17,14 @@ import torch.distributed as dist
 
 from r1_megatron.checkpoint.hugging_face import load_hugging_face, whole_tensor
 from r1_megatron.config.schema import ModelConfig, ParallelConfig, RLConfig, RolloutConfig, RunConfig, TrainConfig
+from r1_megatron.kernels.linear_head import linear_policy_loss
 from r1_megatron.model.parameters import GlobalParameter, global_parameters
+from r1_megatron.model.policy_model import Head
 from r1_megatron.model.routing import all_routers, chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups, build_process_groups
-from r1_megatron.train.objectives import PolicyObjective
+from r1_megatron.train.objectives import PolicyObjective, SupervisedObjective, cross_entropy
 from r1_megatron.train.policy import Policy, build_policy
-from r1_megatron.train.schedule import train_pass
+from r1_megatron.train.schedule import packed_sequences, statistics_pass, train_pass
 from r1_megatron.train.step import NonFiniteError, train_step
 from r1_megatron.types import MicroBatch, StepBatch, TrainSample
 from tests.tiny import TINY, TINY_AUX, TINY_FULL_RANK_QUERY, TINY_MTP, TINY_ROPE, TINY_TIED
@@ -101,17 +103,8 @@ class Bench:
         return [sample for sample, r in zip(samples, owner) if r == rank]
 
 
-@dataclass(frozen=True)
-class WeightedNll:
-    """``sum_t w_t nll_t`` with weights of either sign."""
-
-    temperature: float = 1.0
-    need_entropy: bool = False
-    entropy_gradient: bool = False
-    trains_mtp: bool = True
-
-    def __call__(self, nll: torch.Tensor, entropy: torch.Tensor | None, batch: MicroBatch):
-        return (nll * batch.weights).sum(), {"num_tokens": (batch.weights != 0).sum().to(nll.dtype)}
+# ``sum_t w_t nll_t``, here with weights of either sign.
+WEIGHTED_NLL = SupervisedObjective()
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
@@ -144,7 +137,7 @@ def backward(policy: Policy, batch: StepBatch, objective: Any = None, num_sequen
     policy.train_mode()
     for chunk in policy.wrapped:
         chunk.zero_grad_buffer()
-    outputs = train_pass(policy.pipeline, batch.microbatches, objective or WeightedNll(), num_sequences)
+    outputs = train_pass(policy.pipeline, batch.microbatches, objective or WEIGHTED_NLL, num_sequences)
     loss = torch.tensor([sum(float(output.loss) for output in outputs)], dtype=torch.float64)
     dist.all_reduce(loss)
     return loss.item() / policy.groups.topology.tp
@@ -196,6 +189,12 @@ def gradients(bench: Bench) -> Answer:
     return answer
 
 
+def sequential_experts(bench: Bench) -> Answer:
+    """megatron-core's own experts, one module each."""
+    train = replace(NORMAL, moe_experts="sequential")
+    return gradients_of(bench.policy(bench.config(TINY, train)), bench.mine(bench.samples()), bench.references["tiny"])
+
+
 def one_rank_has_no_sample(bench: Bench) -> Answer:
     """All samples on data-parallel rank 0: the others run microbatches of nothing but padding."""
     policy = bench.policy(bench.config(TINY))
@@ -233,7 +232,7 @@ def mtp_recomputed(bench: Bench) -> Answer:
 def mtp_left_alone(bench: Bench) -> Answer:
     """An objective that does not train the MTP heads: their gradients are zero, the others those without MTP."""
     policy = bench.policy(bench.config(TINY_MTP), "mtp")
-    backward(policy, policy.pack(bench.mine(bench.samples()), 1), WeightedNll(trains_mtp=False))
+    backward(policy, policy.pack(bench.mine(bench.samples()), 1), replace(WEIGHTED_NLL, trains_mtp=False))
     grads = [p.tensor.main_grad.abs().max() for c in policy.chunks for p in global_parameters(c, bench.groups)]
     names = [p.name for c in policy.chunks for p in global_parameters(c, bench.groups)]
     mtp_grads = [float(g) for g, name in zip(grads, names) if name.startswith("mtp.")]
@@ -302,6 +301,23 @@ def logprobs(bench: Bench) -> Answer:
     return answer
 
 
+def plain_logits(bench: Bench) -> Answer:
+    """Without labels the model answers logits, of the same distributions that annotation speaks about."""
+    policy = bench.policy(bench.config(TINY))
+    batch = policy.pack(bench.mine(bench.samples()), 1).microbatches[0]
+    policy.train_mode()
+    with torch.no_grad():
+        shard = policy.chunks[0](
+            batch.tokens, batch.position_ids, None, packed_seq_params=packed_sequences(batch)
+        ).contiguous()
+    shards = [torch.empty_like(shard) for _ in range(bench.groups.topology.tp)]
+    dist.all_gather(shards, shard, group=bench.groups.tp)
+    logp = torch.log_softmax(torch.cat(shards, dim=-1)[..., : TINY.vocab_size], dim=-1)
+    (annotated,) = statistics_pass(policy.pipeline, [batch], temperature=1.0)
+    gap = logp.gather(2, batch.labels[..., None])[..., 0] - annotated
+    return {"error": gap[batch.weights != 0].abs().max().item(), "shape": tuple(shard.shape)}
+
+
 def router_replay(bench: Bench) -> Answer:
     """Random experts forced upon every MoE layer, without and with recomputation; forward only, too."""
     expected = bench.references["replay"]
@@ -363,7 +379,7 @@ def _trajectory(bench: Bench, train: TrainConfig) -> Answer:
     samples = bench.mine(bench.samples())
     losses, norms = [], []
     for _ in expected["losses"]:
-        result = train_step(policy, policy.pack(samples, 1), WeightedNll(), num_sequences=16)
+        result = train_step(policy, policy.pack(samples, 1), WEIGHTED_NLL, num_sequences=16)
         assert result.updated
         losses.append(result.loss)
         norms.append(result.grad_norm)
@@ -408,7 +424,7 @@ def balancing_bias(bench: Bench) -> Answer:
     """One update of the selection biases, which counts the real tokens of the whole step and nothing else."""
     model = replace(TINY, moe_router_bias_update_rate=1e-3)
     policy = bench.policy(bench.config(model, _optimizer_config()))
-    train_step(policy, policy.pack(bench.mine(bench.samples()), 1), WeightedNll(), num_sequences=16)
+    train_step(policy, policy.pack(bench.mine(bench.samples()), 1), WEIGHTED_NLL, num_sequences=16)
     expected = bench.references["updated_bias"]
     gap = 0.0
     for chunk in policy.chunks:
@@ -434,20 +450,26 @@ def learning_rates(bench: Bench) -> Answer:
 
 
 @dataclass(frozen=True)
-class Spoiled(WeightedNll):
+class Spoiled(SupervisedObjective):
     """A finite loss with a NaN gradient (``gradient``), or a NaN loss, in one microbatch of one rank."""
 
     microbatch_id: int = -1
     gradient: bool = True
 
-    def __call__(self, nll: torch.Tensor, entropy: torch.Tensor | None, batch: MicroBatch):
-        loss, metrics = super().__call__(nll, entropy, batch)
-        if id(batch.tokens) == self.microbatch_id:
-            if self.gradient:
-                loss.register_hook(lambda g: g * float("nan"))
-            else:
-                loss = loss * float("nan")
-        return loss, metrics
+    def head(self, batch: MicroBatch) -> Head:
+        if id(batch.tokens) != self.microbatch_id:
+            return super().head(batch)
+        token_loss = cross_entropy(batch.weights[0])
+
+        def spoiled(rows: slice, logprobs: torch.Tensor, entropy: torch.Tensor | None):
+            loss, g, h, terms = token_loss(rows, logprobs, entropy)
+            return loss if self.gradient else loss * float("nan"), g * float("nan"), h, terms
+
+        def head(*args, **shard):
+            loss, nll = linear_policy_loss(*args, spoiled, need_entropy=False, **shard)
+            return loss, {"num_tokens": (batch.weights != 0).sum().to(nll.dtype)}
+
+        return head
 
 
 def _spoil(bench: Bench, batch: StepBatch, gradient: bool) -> Spoiled:
@@ -477,7 +499,7 @@ def nonfinite(bench: Bench) -> Answer:
                     answer[f"{kind}_updated"] = result.updated
                     answer[f"{kind}_unchanged"] = all(torch.equal(a, b) for a, b in zip(before, state(policy)))
                     answer[f"{kind}_version"] = policy.version
-            result = train_step(policy, batch, WeightedNll(), 16)
+            result = train_step(policy, batch, WEIGHTED_NLL, 16)
             assert result.updated
             rates.append(result.metrics["actor/lr"])
         return state(policy), rates
@@ -584,6 +606,7 @@ CHECKS: dict[str, Callable[[Bench], Answer]] = {
         one_rank_has_no_sample,
         rope,
         full_rank_query,
+        sequential_experts,
         tied_embeddings,
         mtp,
         mtp_recomputed,
@@ -593,6 +616,7 @@ CHECKS: dict[str, Callable[[Bench], Answer]] = {
         recompute,
         packing,
         logprobs,
+        plain_logits,
         router_replay,
         grpo,
         trajectory,

@@ -30,12 +30,13 @@ def replicated_down_projections() -> None:
 
 def masked_vocabulary() -> None:
     """Padded columns of the vocabulary counted as tokens."""
-    original = policy_model.token_statistics
+    original = policy_model.PolicyModel.__init__
 
-    def unmasked(logits, labels, *, vocab_size, group, **kwargs):
-        return original(logits, labels, vocab_size=logits.shape[-1] * group.size(), group=group, **kwargs)
+    def unmasked(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.real_vocab_size = self.vocab_size
 
-    policy_model.token_statistics = unmasked
+    policy_model.PolicyModel.__init__ = unmasked
 
 
 def sequence_parallel_norms() -> None:

@@ -37,7 +37,8 @@ def test_grpo_on_five_hundred_ranks():
         "per dp rank 1 prompt a minibatch, 16 sequences at most",
         "updates 16 minibatches * 1 epoch = 16 optimizer steps; 512 steps make 8,192",
         "reference KL 0.001 to the starting policy, replaced every 25 steps = 400 updates",
-        "ratio clipped to [-9, 11] (the lower limit never binds), advantages (r - mean) / std, sequence_mean",
+        "ratio of every token, clipped to [-9, 11] (the lower limit never binds), advantages (r - mean) / std, "
+        "sequence_mean",
     ):
         assert expected in lines, explain(cfg)
 
@@ -74,6 +75,28 @@ def test_uneven_deals_are_said(tmp_path: Path):
         "learning rate 0.0001 after 3 warm-up steps, cosine to 0 over 100 steps",
     ):
         assert expected in lines, explain(cfg)
+
+
+@pytest.mark.parametrize(
+    ("policy_loss", "ratio"),
+    [
+        ("ppo", "ratio of every token, clipped to [0.8, 1.28], advantages (r - mean) / std, token_mean"),
+        (
+            "cispo",
+            "ratio CISPO: of every token, weighs it without a gradient, at most 1.28, advantages (r - mean) / std, "
+            "token_mean",
+        ),
+        ("gspo", "ratio GSPO: of a sequence, clipped to [0.8, 1.28], advantages (r - mean) / std, token_mean"),
+    ],
+)
+def test_policy_losses_are_told_apart(tmp_path: Path, policy_loss: str, ratio: str):
+    path = tmp_path / "run.yaml"
+    path.write_text("rl: {clip_ratio_high: 0.28, kl_estimator: unbiased}")
+    cfg = load_config(path, [f"rl.policy_loss={policy_loss}"])
+    check_config(cfg)
+    lines = lines_of(explain(cfg))
+    assert ratio in lines, explain(cfg)
+    assert "reference KL 0.001 (unbiased estimator) to the starting policy, never replaced" in lines
 
 
 @pytest.mark.parametrize("stage", ["sft", "evaluate", "grpo"])

@@ -92,6 +92,9 @@ CASES = [
     (["reward.terms=[]"], r"reward.terms is empty"),
     (["reward.terms.1.function=' '"], r"reward.terms.1.function is empty"),
     (["rl.clip_ratio_dual=0.9"], r"clip_ratio_dual=0.9 has to exceed 1"),
+    (["rl.policy_loss=cispo", "rl.clip_ratio_dual=3"], r"clip_ratio_dual=3.0 has no meaning with rl.policy_loss=cispo"),
+    (["rl.policy_loss=gspo", "parallel.context_parallel_size=2"], r"rl.policy_loss=gspo averages over whole sequences"),
+    (["rl.kl_estimator=unbiased", "rl.kl_coef=0"], r"kl_estimator=unbiased has nothing to estimate"),
     (["rl.kl_coef=0", "rl.reference_refresh_steps=5"], r"reference_refresh_steps=5 without a reference policy"),
     (["rl.overlong=penalty", "rl.overlong_buffer_tokens=65"], r"between 1 and sampling.max_new_tokens \(64\)"),
     # optimizer
@@ -147,6 +150,8 @@ def test_each_contradiction_is_named(tmp_path: Path, overrides: list[str], messa
         ["stage=evaluate", "sampling.temperature=0", "checkpoint.load=."],
         ["stage=sft", "rollout.samples_per_prompt=1", "rl.num_minibatches=3"],
         ["rl.clip_ratio_low=10", "rl.clip_ratio_high=10"],
+        ["rl.policy_loss=cispo", "rl.kl_estimator=unbiased"],
+        ["rl.policy_loss=gspo", "rl.clip_ratio_low=3e-4", "rl.clip_ratio_high=4e-4", "rl.clip_ratio_dual=3"],
         ["parallel.tensor_model_parallel_size=4", "model.vocab_size=261"],  # padded
         ["model.mtp_num_layers=1"],
         ["train.bf16=true", "rl.probs_diff_limit=1.0"],

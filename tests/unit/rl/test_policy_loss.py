@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from r1_megatron.config.schema import RLConfig
+from r1_megatron.kernels.reference import k3
 from r1_megatron.kernels.vocab_parallel import token_statistics
-from r1_megatron.rl.loss import is_maximum, k3, mean_metrics, merge_metrics, policy_loss
+from r1_megatron.rl.loss import is_maximum, mean_metrics, merge_metrics, policy_loss
 
 T, VOCAB = 40, 11
 OPTIONS = {
@@ -115,6 +116,87 @@ def test_value_and_gradient_of_every_option(option):
         assert l.grad[t].item() == pytest.approx(numeric_gradient(of, now), rel=1e-6, abs=1e-8)
     expected = -cfg.entropy_coef * arrays["loss_mask"] if cfg.entropy_coef else torch.zeros(T, dtype=torch.float64)
     torch.testing.assert_close(entropy.grad if entropy.grad is not None else expected, expected)
+
+
+# Sequences of the packed batch below; one token alone, and one of which no token is learned from.
+BOUNDARIES = (0, 13, 14, 22, 30, T)
+VARIANT_OPTIONS = {
+    "policy_loss": ["ppo", "cispo", "gspo"],
+    "kl_estimator": ["k3", "unbiased"],
+    "dual": [None, 3.0],
+    "entropy_coef": [0.0, 0.01],
+    "tis_cap": [None, 2.0],
+    "old": ["given", "absent"],
+}
+VARIANTS = [
+    option
+    for option in (dict(zip(VARIANT_OPTIONS, values)) for values in itertools.product(*VARIANT_OPTIONS.values()))
+    if not (option["policy_loss"] == "cispo" and option["dual"])
+    and (option["policy_loss"], option["kl_estimator"]) != ("ppo", "k3")  # all of those are above
+]
+
+
+def batch_losses(l, now, entropy, arrays, cfg: RLConfig) -> list[float]:
+    """Every token's loss as a function of all log-probabilities ``l``; of ``now`` where a paper stops the gradient."""
+    mask = [m > 0 for m in arrays["loss_mask"].tolist()]
+    a, rollout, reference = (arrays[n].tolist() for n in ("advantages", "behaviour_logprobs", "reference_logprobs"))
+    old = arrays["old_logprobs"].tolist() if "old_logprobs" in arrays else now
+    losses = [0.0] * T
+    for start, end in itertools.pairwise(BOUNDARIES):
+        inside = [t for t in range(start, end) if mask[t]]
+        for t in inside:
+            ratio = math.exp(l[t] - old[t])
+            low, high = 1 - cfg.clip_ratio_low, 1 + cfg.clip_ratio_high
+            if cfg.policy_loss == "cispo":
+                gain = min(math.exp(now[t] - old[t]), high) * a[t] * l[t]
+            else:
+                r = ratio
+                if cfg.policy_loss == "gspo":
+                    r = math.exp(sum(l[i] - old[i] for i in inside) / len(inside))
+                gain = min(r * a[t], min(max(r, low), high) * a[t])
+                if cfg.clip_ratio_dual is not None and a[t] < 0:
+                    gain = max(gain, cfg.clip_ratio_dual * a[t])
+            if cfg.tis_cap is not None:
+                gain *= min(math.exp(old[t] - rollout[t]), cfg.tis_cap)
+            d = reference[t] - l[t]
+            kl = (math.exp(d) - d - 1) * (ratio if cfg.kl_estimator == "unbiased" else 1)
+            losses[t] = -gain + cfg.kl_coef * kl - cfg.entropy_coef * entropy[t]
+    return losses
+
+
+@pytest.mark.parametrize("option", VARIANTS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_value_and_gradient_of_every_variant(option):
+    """CISPO, GSPO and the unbiased KL, with weights outside: the gradient of a whole batch by central differences."""
+    cfg = RLConfig(
+        policy_loss=option["policy_loss"],
+        kl_estimator=option["kl_estimator"],
+        clip_ratio_dual=option["dual"],
+        kl_coef=0.04,
+        entropy_coef=option["entropy_coef"],
+        tis_cap=option["tis_cap"],
+    )
+    logits, targets, arrays, weights = problem(seed=5)
+    arrays = select_arrays(arrays, {"old": option["old"], "kl_coef": cfg.kl_coef})
+    arrays["loss_mask"][14:22] = 0
+    arrays["loss_mask"][13] = 1
+    l, entropy = (x.detach().requires_grad_() for x in token_statistics(logits, targets))
+    loss, metrics = policy_loss(l, entropy, arrays, cfg, torch.tensor(BOUNDARIES, dtype=torch.int32))
+    (loss * weights).sum().backward()
+
+    now, spread = l.tolist(), entropy.tolist()
+    torch.testing.assert_close(loss.detach(), torch.tensor(batch_losses(now, now, spread, arrays, cfg)).double())
+    for t in range(T):
+
+        def total(x, t=t):
+            moved = [*now[:t], x, *now[t + 1 :]]
+            return sum(w * v for w, v in zip(weights.tolist(), batch_losses(moved, now, spread, arrays, cfg)))
+
+        assert l.grad[t].item() == pytest.approx(numeric_gradient(total, now[t]), rel=1e-6, abs=1e-7)
+    if cfg.entropy_coef:
+        torch.testing.assert_close(entropy.grad, -cfg.entropy_coef * arrays["loss_mask"] * weights)
+    else:
+        assert entropy.grad is None
+    assert (metrics["actor/pg_clipfrac"] > 0) == (option["old"] == "given")
 
 
 def autograd_reference(logits, targets, arrays, weights, cfg):
@@ -280,3 +362,5 @@ def test_missing_inputs_are_named():
         policy_loss(l, None, without, RLConfig(kl_coef=0.1))
     with pytest.raises(ValueError, match=r"rl\.entropy_coef=0\.2 needs the entropy"):
         policy_loss(l, None, arrays, replace(RLConfig(), entropy_coef=0.2))
+    with pytest.raises(ValueError, match=r"rl\.policy_loss=gspo needs the boundaries"):
+        policy_loss(l, None, arrays, RLConfig(policy_loss="gspo"))

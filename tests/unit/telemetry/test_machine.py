@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import types
+from dataclasses import dataclass
 
 import pytest
 
@@ -103,10 +104,24 @@ def test_environment_record_holds_versions_and_no_secrets(monkeypatch):
     assert "s3cr3t" not in str(record)
 
 
+@dataclass(frozen=True)
+class _Operators:
+    """Stands for ``kernels.library.Library``."""
+
+    loaded: bool
+    problem: str = ""
+    cpu_capability: str = "avx512"
+    with_cuda: bool = False
+
+
+def _not_built():
+    return _Operators(False, "libr1_megatron.so was not built")
+
+
 def test_doctor_gives_every_lack_a_consequence(monkeypatch, nvml):
     versions = {"megatron-core": "0.15.0", "transformer-engine": "2.12.0", "torch": "2.13.0", "sentencepiece": None}
     monkeypatch.setattr(doctor, "version_of", lambda package: versions.get(package, "1.0"))
-    findings = {finding.topic: finding for finding in doctor.examine()}
+    findings = {finding.topic: finding for finding in doctor.examine(_not_built)}
     assert findings["GPU 0"].state == "ok"
     assert findings["GPU 1"].state == "bad" and "3 uncorrected" in findings["GPU 1"].consequence
     assert findings["megatron-core"].state == "bad" and "==0.16.1" in findings["megatron-core"].consequence
@@ -122,8 +137,75 @@ def test_doctor_survives_a_broken_installation(monkeypatch):
         raise OSError("libcudart.so.13: cannot open shared object file")
 
     monkeypatch.setattr(doctor, "_torch", broken)
-    findings = doctor.examine()
+    findings = doctor.examine(_not_built)
     assert any(f.state == "bad" and "libcudart" in f.found for f in findings)
+
+
+@pytest.mark.parametrize(
+    "operators, gpu, state, found, consequence",
+    [
+        (
+            _not_built(),
+            False,
+            "none",
+            "was not built",
+            "right, slower; reinstall with a C++20 compiler",
+        ),
+        (_Operators(True), False, "ok", "CPU (avx512), no CUDA", ""),
+        (_Operators(True), True, "none", "no CUDA", "reinstall with nvcc on PATH: pip install --force-reinstall"),
+        (_Operators(True, with_cuda=True), True, "ok", "CPU (avx512) and CUDA", ""),
+    ],
+)
+def test_doctor_says_which_operators_are_used(monkeypatch, operators, gpu, state, found, consequence):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.delenv("R1_MEGATRON_LIBRARY", raising=False)
+    finding = doctor._operators(operators)
+    assert (finding.topic, finding.state) == ("operators (csrc)", state)
+    assert found in finding.found and consequence in finding.consequence
+    assert bool(finding.consequence) == (state != "ok")
+
+
+def test_doctor_does_not_ask_to_reinstall_what_was_switched_off(monkeypatch):
+    monkeypatch.setenv("R1_MEGATRON_LIBRARY", "off")
+    finding = doctor._operators(_Operators(False, "R1_MEGATRON_LIBRARY=off"))
+    assert finding.consequence == "plain PyTorch operators: right, slower; unset R1_MEGATRON_LIBRARY"
+
+
+def test_doctor_survives_operators_that_cannot_be_loaded():
+    def broken():
+        raise RuntimeError("the schema is defined twice")
+
+    [finding] = [f for f in doctor.examine(broken) if f.topic == "operators"]
+    assert finding.state == "bad" and "the schema is defined twice" in finding.found
+
+
+def test_doctor_examines_what_kernels_tell():
+    """The stand-ins above have the fields of the real thing."""
+    from r1_megatron.kernels import library, ops
+
+    assert ops.NAMES
+    [finding] = [f for f in doctor.examine(library.load) if f.topic == "operators (csrc)"]
+    real = library.load()
+    assert finding.found == (real.problem or f"CPU ({real.cpu_capability}){' and' if real.with_cuda else ', no'} CUDA")
+
+
+def test_doctor_finds_the_compilers_that_setup_takes(monkeypatch, tmp_path):
+    def tool(name: str, answer: str) -> str:
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        path.chmod(0o755)
+        return str(path)
+
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("R1_MEGATRON_NVCC", raising=False)
+    compiler, nvcc = doctor._compilers()
+    assert (compiler.state, nvcc.state) == ("none", "none") and compiler.consequence and nvcc.consequence
+    monkeypatch.setenv("CXX", tool("c++", "compiler 14"))
+    monkeypatch.setenv("R1_MEGATRON_NVCC", tool("nvcc", "Cuda compilation tools, release 13.0, V13.0.88"))
+    compiler, nvcc = doctor._compilers()
+    assert compiler.found == "compiler 14" and nvcc.found.startswith("13.0 (")
 
 
 @pytest.mark.parametrize("version, numbers", [("2.13.0+cpu", (2, 13)), ("2.9", (2, 9)), ("2.11.0.dev1", (2, 11))])

@@ -1,0 +1,240 @@
+"""The plain PyTorch of every operator: any floating dtype, any device, no speed in mind.
+
+It is what runs where ``csrc/`` was not built, and the oracle of the tests in float64. Contracts: ``ops.py``. Nothing
+here shares a formula with the compiled code: gradients of the policy surrogate come from autograd.
+
+Shapes: T tokens, V columns of a vocabulary shard, K shards; M rows, E experts, N and K' features; S sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# exp() of this is zero in float32 and in float64. Logits of -inf stop here, so that 0 * ln 0 is 0, not NaN.
+_EXPONENT_FLOOR = -1e4
+# Log-ratios beyond this are clipped (a ratio of 5e8): the exponential stays finite, the gradient beyond is zero.
+MAX_LOG_RATIO = 20.0
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    for expert, rows in _experts(offsets):
+        y[rows] = x[rows] @ weight[expert].T
+    return y
+
+
+def grouped_mm_dgrad(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    dx = dy.new_zeros(dy.shape[0], weight.shape[2])
+    for expert, rows in _experts(offsets):
+        dx[rows] = dy[rows] @ weight[expert]
+    return dx
+
+
+def grouped_mm_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
+    for expert, rows in _experts(offsets):
+        product = dy[rows].to(_arithmetic(dy)).T @ x[rows].to(_arithmetic(x))
+        out[expert] = out[expert] + product if accumulate else product
+
+
+def swiglu(h: Tensor, probs: Tensor | None) -> Tensor:
+    gate, up = h.to(_arithmetic(h)).chunk(2, dim=-1)
+    a = F.silu(gate) * up
+    return (a if probs is None else a * probs.to(a.dtype)[:, None]).to(h.dtype)
+
+
+def swiglu_backward(da: Tensor, h: Tensor, probs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up = h.to(_arithmetic(h)).chunk(2, dim=-1)
+    da = da.to(gate.dtype)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    scale = gate.new_ones(()) if probs is None else probs.to(gate.dtype)[:, None]
+    d = da * scale
+    dh = torch.cat([d * up * (sigmoid + silu * (1 - sigmoid)), d * silu], dim=-1)
+    dprobs = h.new_empty(0) if probs is None else (da * silu * up).sum(dim=-1).to(probs.dtype)
+    return dh.to(h.dtype), (silu * up * scale).to(h.dtype), dprobs
+
+
+def shard_statistics(
+    logits: Tensor, targets: Tensor, vocab_start: int, num_real: int, temperature: float, need_entropy: bool
+) -> Tensor:
+    stats_T4 = logits.new_zeros(logits.shape[0], 4, dtype=_arithmetic(logits))
+    if num_real == 0:
+        stats_T4[:, 0] = -torch.inf
+        return stats_T4
+    z_TV = logits[:, :num_real].to(stats_T4.dtype) / temperature
+    max_T = z_TV.amax(dim=1)
+    # A row of nothing but -inf is like padding: another shard may hold all of the token's probability.
+    d_TV = (z_TV - torch.where(max_T == -torch.inf, 0.0, max_T)[:, None]).clamp(min=_EXPONENT_FLOOR)
+    e_TV = d_TV.exp()
+    column_T, owned_T = _owned_columns(targets, vocab_start, num_real)
+    stats_T4[:, 0] = max_T
+    stats_T4[:, 1] = e_TV.sum(dim=1)
+    if need_entropy:
+        stats_T4[:, 2] = (e_TV * d_TV).sum(dim=1)
+    stats_T4[:, 3] = torch.where(owned_T, z_TV.gather(1, column_T[:, None]).squeeze(1), 0.0)
+    return stats_T4
+
+
+def combine_statistics(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    m_KT, a_KT, b_KT, u_KT = stats.unbind(dim=-1)
+    max_T = m_KT.amax(dim=0)
+    # A shard of padding only has m = -inf and a = 0: its distance must not meet 0 * inf.
+    shift_KT = torch.where(a_KT == 0, 0.0, m_KT - max_T)
+    scale_KT = shift_KT.exp()
+    a_T = (a_KT * scale_KT).sum(dim=0)
+    b_T = (scale_KT * (b_KT + a_KT * shift_KT)).sum(dim=0)
+    log_sum_T = a_T.log()
+    return (u_KT.sum(dim=0) - max_T) - log_sum_T, log_sum_T - b_T / a_T, max_T, log_sum_T
+
+
+def shard_gradient_(
+    logits: Tensor,
+    targets: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    entropy: Tensor,
+    max: Tensor,
+    log_sum: Tensor,
+    vocab_start: int,
+    num_real: int,
+    temperature: float,
+) -> None:
+    logits[:, num_real:] = 0
+    if num_real == 0:
+        return
+    d_TV = (logits[:, :num_real].to(max.dtype) / temperature - max[:, None]).clamp(min=_EXPONENT_FLOOR)
+    log_p_TV = d_TV - log_sum[:, None]
+    p_TV = log_p_TV.exp()
+    grad_TV = torch.zeros_like(p_TV)
+    outside_T = torch.ones_like(max, dtype=torch.bool)
+    if grad_logprobs is not None:
+        outside_T &= grad_logprobs == 0
+        column_T, owned_T = _owned_columns(targets, vocab_start, num_real)
+        grad_TV -= grad_logprobs[:, None] * p_TV
+        grad_TV.scatter_add_(1, column_T[:, None], torch.where(owned_T, grad_logprobs, 0.0)[:, None])
+    if grad_entropy is not None:
+        outside_T &= grad_entropy == 0
+        grad_TV -= grad_entropy[:, None] * p_TV * (log_p_TV + entropy[:, None])
+    # Tokens outside the loss have no gradient, whatever their logits are.
+    logits[:, :num_real] = torch.where(outside_T[:, None], 0.0, grad_TV / temperature).to(logits.dtype)
+
+
+def policy_surrogate(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    loss_mask: Tensor,
+    weights: Tensor,
+    advantages: Tensor,
+    behaviour_logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    reference_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    variant: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl_estimator: str,
+    kl_coef: float,
+    entropy_coef: float,
+    tis_cap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if variant not in ("ppo", "cispo", "gspo"):
+        raise ValueError(f"policy_surrogate: variant must be ppo, cispo or gspo, got {variant}")
+    if kl_estimator not in ("k3", "unbiased"):
+        raise ValueError(f"policy_surrogate: kl_estimator must be k3 or unbiased, got {kl_estimator}")
+    if variant == "gspo" and cu_seqlens is None:
+        raise ValueError("policy_surrogate: variant gspo needs cu_seqlens [S + 1], got None")
+    if kl_coef != 0 and reference_logprobs is None:
+        raise ValueError(f"policy_surrogate: kl_coef {kl_coef} needs reference_logprobs, got None")
+    if entropy_coef != 0 and entropy is None:
+        raise ValueError(f"policy_surrogate: entropy_coef {entropy_coef} needs entropy, got None")
+    mask = loss_mask > 0
+    zeros = torch.zeros_like(logprobs)
+
+    def masked(values: Tensor) -> Tensor:
+        return torch.where(mask, values.detach().to(logprobs.dtype), zeros)
+
+    with torch.enable_grad():
+        l = masked(logprobs).requires_grad_()
+        h = (zeros if entropy is None else masked(entropy)).clone().requires_grad_()
+        l_rollout, A, w = masked(behaviour_logprobs), masked(advantages), masked(weights)
+        l_old = l.detach() if old_logprobs is None else masked(old_logprobs)
+        log_ratio = l - l_old
+        token_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        ratio = token_ratio
+        if variant == "gspo":
+            ratio = _sequence_mean(log_ratio, mask, cu_seqlens).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        if variant == "cispo":
+            pg = -ratio.detach().clamp(max=1 + clip_high) * A * l
+            clipped = ratio > 1 + clip_high
+        else:
+            unclipped, bounded = -A * ratio, -A * ratio.clamp(1 - clip_low, 1 + clip_high)
+            clipped = bounded > unclipped
+            pg = torch.where(clipped, bounded, unclipped)
+        dual_clipped = torch.zeros_like(mask)
+        if dual_clip is not None and variant != "cispo":
+            cap = -A * dual_clip
+            dual_clipped = (A < 0) & (pg > cap)
+            pg = torch.where(dual_clipped, cap, pg)
+        tis = torch.ones_like(zeros)
+        if tis_cap is not None:
+            tis = (l_old - l_rollout).clamp(max=MAX_LOG_RATIO).exp().clamp(max=tis_cap)
+        kl = zeros
+        if reference_logprobs is not None:
+            kl = k3(masked(reference_logprobs) - l)
+            if kl_estimator == "unbiased":
+                kl = token_ratio * kl
+        loss = tis * pg
+        if kl_coef != 0:
+            loss = loss + kl_coef * kl
+        if entropy_coef != 0:
+            loss = loss - entropy_coef * h
+        loss = torch.where(mask, w * loss, zeros)
+        # The empty sum: without a sequence the loss of gspo depends on nothing.
+        g, grad_h = torch.autograd.grad(loss.sum() + l[:0].sum(), (l, h), allow_unused=True, materialize_grads=True)
+    terms = (
+        -log_ratio, clipped, dual_clipped, h, kl, ratio, tis,
+        (l_old.exp() - l_rollout.exp()).abs(), (l_old - l_rollout).abs(),
+    )  # fmt: skip
+    return loss.detach(), masked(g), masked(grad_h), torch.stack([masked(term) for term in terms])
+
+
+def k3(d: Tensor) -> Tensor:
+    """``exp(d) - d - 1`` to full precision (http://joschu.net/blog/kl-approx.html, estimator k3).
+
+    The three terms cancel for small ``d``: in float32 the plain form is several per cent wrong at 1e-3. Below 1e-2 its
+    Taylor series, nested, is exact to the last bit in float64 too. Above ``MAX_LOG_RATIO`` the value stays constant.
+    """
+    d = d.clamp(max=MAX_LOG_RATIO)
+    small = d.abs() < 1e-2
+    s = torch.where(small, d, 0.0)
+    series = s * s / 2 * (1 + s / 3 * (1 + s / 4 * (1 + s / 5 * (1 + s / 6 * (1 + s / 7)))))
+    return torch.where(small, series, torch.expm1(d) - d)
+
+
+def _experts(offsets: Tensor) -> list[tuple[int, slice]]:
+    ends = offsets.tolist()
+    return [(expert, slice(start, end)) for expert, (start, end) in enumerate(zip([0, *ends], ends))]
+
+
+def _sequence_mean(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Each sequence's mean over its masked tokens, at every token of it; zero outside all sequences."""
+    means = torch.zeros_like(values)
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
+        inside = mask[start:end].to(values.dtype)
+        mean = (values[start:end] * inside).sum() / inside.sum().clamp(min=1)
+        means = torch.cat([means[:start], mean.expand(end - start), means[end:]])
+    return means
+
+
+def _arithmetic(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _owned_columns(targets: Tensor, vocab_start: int, num_real: int) -> tuple[Tensor, Tensor]:
+    """The target's column in this shard (any valid one where it is elsewhere), and whether it is here."""
+    column_T = targets - vocab_start
+    owned_T = (column_T >= 0) & (column_T < num_real)
+    return column_T.clamp(0, num_real - 1), owned_T
