@@ -16,6 +16,7 @@ from r1_megatron.config.schema import RunConfig
 from r1_megatron.data.prompts import PromptSet, build_prompts
 from r1_megatron.data.tasks import Task
 from r1_megatron.data.tokenizers import Tokenizer, build_tokenizer
+from r1_megatron.kernels.ops import library
 from r1_megatron.model.build import build_model
 from r1_megatron.parallel.groups import ProcessGroups, build_process_groups, destroy_distributed
 from r1_megatron.parallel.rank import listen_for_stop, stop_requested
@@ -105,6 +106,9 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
                 config=asdict(cfg),
             )
         )
+        operators = library.load()
+        if not operators.loaded:
+            log.note(f"the operators run in plain PyTorch, which is slower: {operators.problem}")
         for name, prompts in (("data.path", train_prompts), ("data.eval_path", held_out)):
             if prompts.num_too_long or prompts.num_duplicates:
                 log.note(

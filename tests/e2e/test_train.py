@@ -86,6 +86,21 @@ def test_every_step_has_its_metrics(zero: Finished) -> None:
     assert rates[0] > rates[1] > rates[2] == pytest.approx(1e-5)
 
 
+def test_without_the_compiled_operators_the_run_is_the_same(zero: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in plain PyTorch, as on a machine without a compiler: said once, the same curve."""
+    monkeypatch.setenv("R1_MEGATRON_LIBRARY", "off")
+    plain = finished(zero.work, "plain", *(o for o in zero.overrides if not o.startswith(("output_dir", "name"))))
+    assert plain.shown.count("the operators run in plain PyTorch") == 1
+    assert "plain PyTorch" not in zero.shown
+    ours, theirs = (rows_of(run.folder / "metrics.jsonl") for run in (zero, plain))
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        for name in ("critic/rewards/mean", "actor/entropy", "actor/grad_norm", "response_length/mean"):
+            assert (name in a) == (name in b)
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
 def test_it_is_evaluated_before_and_after(zero: Finished) -> None:
     rows = [row for row in rows_of(zero.folder / "metrics.jsonl") if "eval/greedy_accuracy" in row]
     assert [row["step"] for row in rows] == [0, 3]
