@@ -38,6 +38,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
 
+if importlib.util.find_spec("torch") is None:
+    print(f"gpu_check needs torch, and {sys.executable} has none: run it with the Python that does.", file=sys.stderr)
+    raise SystemExit(2)
+
 import torch
 
 from tools import gpu_cases, peers
