@@ -38,6 +38,7 @@ CPU_CAPABILITIES = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_CAPABILITIES["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     CPU_CAPABILITIES["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    CPU_CAPABILITIES["avx512_bf16"] = [*CPU_CAPABILITIES["avx512"], "-mavx512bf16"]
 # Hopper's own instructions need the architecture-specific target; compute_80 is compiled by the driver elsewhere.
 GENCODES = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
 

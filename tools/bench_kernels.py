@@ -393,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--only {options.only}: no such case; there are {', '.join(CASES)}")
     torch.set_num_threads(options.threads)
     about = machine(options.threads)
-    line = f"{about['cpu']}, {about['threads']} thread(s), torch {about['torch']}, operators: {about['operators']}"
+    line = f"{about['cpu']}, {num_threads(about['threads'])}, torch {about['torch']}, operators: {about['operators']}"
     line += f", {about['date']}"
     absent = f"Liger runs on CUDA only (Triton){'' if is_installed('TRL') else ', TRL is not installed'}"
     print(line, f"not compared with: {absent}", sep="\n", flush=True)
@@ -415,9 +415,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.write:
         command = f"python tools/bench_kernels.py --repeats {options.repeats} --threads {options.threads}"
         body = f"`{command}`: {line}; {rounds}; ratio = peer's / ours. Not compared: {absent}.\n\n{shown}"
-        write_section(ROOT / "BENCHMARKS.md", f"CPU, {options.threads} thread(s)", body)
+        write_section(ROOT / "BENCHMARKS.md", f"CPU, {num_threads(options.threads)}", body)
     unmet = [result for result in results if result.met is False]
     return 1 if options.assert_goals and unmet else 0
+
+
+def num_threads(number: int) -> str:
+    return f"{number} thread" if number == 1 else f"{number} threads"
 
 
 if __name__ == "__main__":

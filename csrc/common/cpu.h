@@ -8,7 +8,7 @@
 #define R1_CONCAT_(a, b) a##b
 #define R1_CONCAT(a, b) R1_CONCAT_(a, b)
 
-// namespace R1_CPU_NAMESPACE { ... } in cpu.cpp: r1::cpu_avx512, r1::cpu_avx2 or r1::cpu_baseline.
+// namespace R1_CPU_NAMESPACE { ... } in cpu.cpp: r1::cpu_avx512_bf16, r1::cpu_avx512, r1::cpu_avx2 or r1::cpu_baseline.
 #ifdef R1_CPU_CAPABILITY
 #define R1_CPU_NAMESPACE R1_CONCAT(cpu_, R1_CPU_CAPABILITY)
 #endif
@@ -24,12 +24,16 @@
   }                                 \
   namespace cpu_avx512 {            \
   declaration;                      \
+  }                                 \
+  namespace cpu_avx512_bf16 {       \
+  declaration;                      \
   }
 // In an op's op.cpp: R1_CPU(f) is f's implementation for this machine.
-#define R1_CPU(function)                                                        \
-  (::r1::cpu_capability() == ::r1::CpuCapability::avx512 ? cpu_avx512::function \
-   : ::r1::cpu_capability() == ::r1::CpuCapability::avx2 ? cpu_avx2::function   \
-                                                         : cpu_baseline::function)
+#define R1_CPU(function)                                                                  \
+  (::r1::cpu_capability() == ::r1::CpuCapability::avx512_bf16 ? cpu_avx512_bf16::function \
+   : ::r1::cpu_capability() == ::r1::CpuCapability::avx512    ? cpu_avx512::function      \
+   : ::r1::cpu_capability() == ::r1::CpuCapability::avx2      ? cpu_avx2::function        \
+                                                              : cpu_baseline::function)
 #else
 #define R1_DECLARE_CPU(declaration) \
   namespace cpu_baseline {          \
@@ -40,9 +44,9 @@
 
 namespace r1 {
 
-enum class CpuCapability { baseline = 0, avx2 = 1, avx512 = 2 };
+enum class CpuCapability { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
-// What this machine has; the environment variable R1_MEGATRON_CPU_CAPABILITY (baseline, avx2, avx512) can lower it.
+// What this machine has; the environment variable R1_MEGATRON_CPU_CAPABILITY, one of these names, can lower it.
 CpuCapability cpu_capability();
 
 }  // namespace r1

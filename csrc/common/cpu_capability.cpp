@@ -13,9 +13,11 @@ static CpuCapability detect() {
   if (best == CpuCapability::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     best = CpuCapability::avx512;
+  if (best == CpuCapability::avx512 && __builtin_cpu_supports("avx512bf16")) best = CpuCapability::avx512_bf16;
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
   const char* asked = std::getenv("R1_MEGATRON_CPU_CAPABILITY");
-  if (asked != nullptr && std::strcmp(asked, "baseline") == 0) return CpuCapability::baseline;
-  if (asked != nullptr && std::strcmp(asked, "avx2") == 0 && best == CpuCapability::avx512) return CpuCapability::avx2;
+  for (int lower = 0; asked != nullptr && lower < static_cast<int>(best); ++lower)
+    if (std::strcmp(asked, kNames[lower]) == 0) return static_cast<CpuCapability>(lower);
   return best;
 #else
   return CpuCapability::baseline;

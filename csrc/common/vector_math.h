@@ -32,6 +32,10 @@ typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
 struct Bfloat16 {
   uint16_t bits;
 };
+// In one lane; a vector of them is of Words.
+struct Bfloat16Pair {
+  uint32_t bits;  // the first of the two is the lower half
+};
 
 // What an element type computes in: `Real`, `Vector` of it, and how many elements that holds.
 template <class Element>
@@ -63,8 +67,14 @@ static inline Floats load(const Bfloat16* from) {
   __builtin_memcpy(&bits, from, sizeof bits);
   return (Floats)(__builtin_convertvector(bits, Words) << 16);
 }
+static inline Words load(const Bfloat16Pair* from) {
+  Words x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
 static inline void store(float* to, Floats x) { __builtin_memcpy(to, &x, sizeof x); }
 static inline void store(double* to, Doubles x) { __builtin_memcpy(to, &x, sizeof x); }
+static inline void store(Bfloat16Pair* to, Words x) { __builtin_memcpy(to, &x, sizeof x); }
 static inline void store(Bfloat16* to, Floats x) {
   const Words bits = (Words)x;
   const Words nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

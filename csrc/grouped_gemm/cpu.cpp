@@ -1,9 +1,10 @@
 // A packed matrix product in the manner of BLIS (Van Zee and van de Geijn, ACM TOMS 41(3), 2015): both operands are
 // copied into panels that the micro kernel reads in order, and a tile of results stays in registers.
 //
-// Determinism: an element of the result is one chain of fused multiply-adds over each stretch of kDepth of the reduced
-// axis, and the stretches are added in order. Nothing else enters: not the number of rows, not the tile's place or
-// shape (micro kernels of all shapes run the same chain), not the thread.
+// Determinism: an element of the result is one chain of fused multiply-adds over each stretch of kPanelDepth steps of
+// the reduced axis, and the stretches are added in order. Nothing else enters: not the number of rows, not the tile's
+// place or shape (micro kernels of all shapes run the same chain), not the thread. A step is one value of each operand,
+// or two of each where the processor multiplies bfloat16 itself.
 #include "grouped_gemm/cpu.h"
 
 #include <string.h>
@@ -36,26 +37,29 @@ constexpr int kTileRows = 12;  // of 32
 constexpr int kTileRows = 6;  // of 16
 #endif
 constexpr int kTileVectors = 2;
-// How much of the reduced axis is packed at a time: a left panel stays in the L1 cache, all right ones in L2.
-constexpr int64_t kDepth = 256;
+// Steps of the reduced axis that are packed at a time: a left panel stays in the L1 cache, all right ones in L2.
+constexpr int64_t kPanelDepth = 256;
 
 static_assert(kGemmBlockRows % kTileRows == 0);
 
-template <class T>
-constexpr int kTileColumns = kTileVectors * kLanes<T>;
+// P is what a panel holds: float, double or Bfloat16Pair. Products are summed in Real<P>.
+template <class P>
+constexpr int kTileColumns = kTileVectors * kLanes<P>;
 // A panel of the left operand holds kTileRows of every kLeftStride values: a whole number of vectors.
-template <class T>
-constexpr int kLeftStride = (kTileRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+template <class P>
+constexpr int kLeftStride = (kTileRows + kLanes<P> - 1) / kLanes<P> * kLanes<P>;
 
-template <class T>
+template <class P>
 struct Scratch {
-  T left[kLeftStride<T> * kDepth];                // one panel
-  T right[kGemmBlockColumns * kDepth];            // all panels of the block
-  T partial[kGemmBlockRows * kGemmBlockColumns];  // running sums, where the result is of another type
-  T tile[kTileRows * kTileColumns<T>];            // a tile that reaches past the block or is of another type
+  P left[kLeftStride<P> * kPanelDepth];                 // one panel
+  P right[kGemmBlockColumns * kPanelDepth];             // all panels of the block
+  Real<P> partial[kGemmBlockRows * kGemmBlockColumns];  // running sums, where the result is of another type
+  Real<P> tile[kTileRows * kTileColumns<P>];            // a tile that reaches past the block or is of another type
 };
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---------------------------------------------------------------------------------------------- arithmetic
 
 // a * b + c, rounded once where the capability can.
 inline Floats fma(Floats a, Floats b, Floats c) {
@@ -78,11 +82,48 @@ inline Doubles fma(Doubles a, Doubles b, Doubles c) {
 #endif
 }
 
+inline Floats broadcast(float x) { return x - Floats{}; }  // x - 0 is x, also for -0
+inline Doubles broadcast(double x) { return x - Doubles{}; }
+
 // A whole vector, unless that would read at or past `end`.
 template <class T>
 inline Vector<T> load_before(const T* end, const T* from) {
   return end - from >= kLanes<T> ? load(from) : load_first(from, end > from ? end - from : 0, 0);
 }
+
+// What panels hold of operands of type T, and how a vector of it is read: `across` neighbouring lines, or `along` one
+// of which `depth` values are left. The operand ends at `end`.
+template <class T>
+struct Packed {
+  using Value = Real<T>;
+  static constexpr int kStep = 1;  // values of the reduced axis in one of a panel
+  static Vector<T> across(const T* from, const T* end, int64_t /*depth_stride*/) { return load_before(end, from); }
+  static Vector<T> along(const T* from, const T* end, int64_t /*depth*/) { return load_before(end, from); }
+};
+
+#if defined(__AVX512BF16__)
+inline Words broadcast(Bfloat16Pair x) { return x.bits - Words{}; }
+
+// Both products are added to c. The instruction takes denormal numbers for zero, and makes none.
+inline Floats fma(Words a, Words b, Floats c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+
+// Pairs of neighbours on the reduced axis; past an odd end the second is zero.
+template <>
+struct Packed<Bfloat16> {
+  using Value = Bfloat16Pair;
+  static constexpr int kStep = 2;
+  static Words across(const Bfloat16* from, const Bfloat16* end, int64_t depth_stride) {
+    return (Words)load_before(end, from) >> 16 | (Words)load_before(end, from + depth_stride);
+  }
+  static Words along(const Bfloat16* from, const Bfloat16* /*end*/, int64_t depth) {
+    return (Words)_mm512_maskz_loadu_epi16(depth < 32 ? (1u << depth) - 1 : ~0u, from);
+  }
+};
+#endif
+
+// A vector of what a panel holds.
+template <class P>
+using Lanes = decltype(load(static_cast<const P*>(nullptr)));
 
 // ---------------------------------------------------------------------------------------------- packing
 
@@ -105,15 +146,15 @@ inline V unzip(V a, V b, std::integer_sequence<int, lane...>) {
 }
 
 // Transposes the kGroup x kGroup units of square[0], square[stride], ..., in each group of lanes on its own.
-template <class T, int kUnit, int kGroup, int kStride>
-inline void transpose_units(Vector<T>* square) {
-  constexpr auto kAll = std::make_integer_sequence<int, kLanes<T>>{};
+template <class P, int kUnit, int kGroup, int kStride>
+inline void transpose_units(Lanes<P>* square) {
+  constexpr auto kAll = std::make_integer_sequence<int, kLanes<P>>{};
 #pragma GCC unroll 4
   for (int round = 1; round < kGroup; round *= 2) {
-    Vector<T> next[kGroup];
+    Lanes<P> next[kGroup];
 #pragma GCC unroll 4
     for (int i = 0; i < kGroup / 2; ++i) {
-      const Vector<T> a = square[2 * i * kStride], b = square[(2 * i + 1) * kStride];
+      const Lanes<P> a = square[2 * i * kStride], b = square[(2 * i + 1) * kStride];
       next[i] = unzip<kUnit, kGroup, 0>(a, b, kAll);
       next[i + kGroup / 2] = unzip<kUnit, kGroup, 1>(a, b, kAll);
     }
@@ -123,95 +164,98 @@ inline void transpose_units(Vector<T>* square) {
 }
 
 // Transposes a square of vectors: first within the 16 bytes that shuffles move values in cheaply, then those.
-template <class T>
-inline void transpose(Vector<T> (&square)[kLanes<T>]) {
-  constexpr int kInner = 16 / sizeof(T), kOuter = kLanes<T> / kInner;
+template <class P>
+inline void transpose(Lanes<P> (&square)[kLanes<P>]) {
+  constexpr int kInner = 16 / sizeof(P), kOuter = kLanes<P> / kInner;
 #pragma GCC unroll 4
-  for (int i = 0; i < kOuter; ++i) transpose_units<T, 1, kInner, 1>(square + i * kInner);
+  for (int i = 0; i < kOuter; ++i) transpose_units<P, 1, kInner, 1>(square + i * kInner);
 #pragma GCC unroll 4
-  for (int i = 0; i < kInner; ++i) transpose_units<T, kInner, kOuter, kInner>(square + i);
+  for (int i = 0; i < kInner; ++i) transpose_units<P, kInner, kOuter, kInner>(square + i);
 }
 
-// Packs `lines` (rows of the left operand, columns of the right one) as [depth][kVectors vectors]. In the place of
+// Packs `lines` (rows of the left operand, columns of the right one) as [steps][kVectors vectors]. In the place of
 // missing lines stands whatever memory holds after those there are: no result that depends on it is stored. The lines
 // of the next panel are fetched meanwhile: with few rows per expert, reading the weights is most of the work.
 template <int kVectors, class T>
-void pack(const T* from, int64_t line_stride, int64_t depth_stride, int64_t lines, int64_t depth, Real<T>* to) {
-  constexpr int kWidth = kLanes<T>;
+void pack(const T* from, int64_t line_stride, int64_t depth_stride, int64_t lines, int64_t depth,
+          typename Packed<T>::Value* to) {
+  using P = typename Packed<T>::Value;
+  constexpr int kWidth = kLanes<P>, kStep = Packed<T>::kStep;
+  static_assert(kPanelDepth % kWidth == 0);  // so that there is room for whole squares
   const T* end = from + (lines - 1) * line_stride + (depth - 1) * depth_stride + 1;
   if (depth_stride != 1) {
-    for (int64_t d = 0; d < depth; ++d, from += depth_stride, to += kVectors * kWidth)
+    for (int64_t d = 0; d < depth; d += kStep, from += kStep * depth_stride, to += kVectors * kWidth)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        __builtin_prefetch(from + (kVectors + v) * kWidth, 0, 2);
-        store(to + v * kWidth, load_before(end, from + v * kWidth));
+#pragma GCC unroll 2
+        for (int i = 0; i < kStep; ++i) __builtin_prefetch(from + (kVectors + v) * kWidth + i * depth_stride, 0, 2);
+        store(to + v * kWidth, Packed<T>::across(from + v * kWidth, end, depth_stride));
       }
     return;
   }
   for (int v = 0; v < kVectors; ++v) {
     const T* line[kWidth];
     for (int i = 0; i < kWidth; ++i) line[i] = from + (v * kWidth + i < lines ? v * kWidth + i : 0) * line_stride;
-    for (int64_t d = 0; d < depth; d += kWidth) {
-      Vector<T> square[kWidth];
+    for (int64_t d = 0; d < depth; d += kStep * kWidth) {
+      Lanes<P> square[kWidth];
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) {
         __builtin_prefetch(line[i] + kVectors * kWidth * line_stride + d, 0, 2);
-        square[i] = load_before(end, line[i] + d);
+        square[i] = Packed<T>::along(line[i] + d, end, depth - d);
       }
-      transpose<Real<T>>(square);
+      transpose<P>(square);
 #pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i)
-        if (d + i < depth) store(to + ((d + i) * kVectors + v) * kWidth, square[i]);
+      for (int i = 0; i < kWidth; ++i) store(to + ((d / kStep + i) * kVectors + v) * kWidth, square[i]);
     }
   }
 }
 
 // ---------------------------------------------------------------------------------------------- micro kernels
 
-template <class T>
-using MicroKernel = void (*)(int64_t depth, const T* left, const T* right, T* out, int64_t stride, bool add);
+template <class P>
+using MicroKernel = void (*)(int64_t steps, const P* left, const P* right, Real<P>* out, int64_t stride, bool add);
 
 // out [kRows, kVectors vectors] = or += the product of a left and a right panel.
-template <class T, int kRows, int kVectors>
-void micro_kernel(int64_t depth, const T* left, const T* right, T* out, int64_t stride, bool add) {
-  Vector<T> sum[kRows][kVectors] = {};
+template <class P, int kRows, int kVectors>
+void micro_kernel(int64_t steps, const P* left, const P* right, Real<P>* out, int64_t stride, bool add) {
+  Vector<P> sum[kRows][kVectors] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + i * stride + v * kLanes<T>, 1);
-  for (int64_t d = 0; d < depth; ++d) {
-    Vector<T> row[kVectors];
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + i * stride + v * kLanes<P>, 1);
+  for (int64_t step = 0; step < steps; ++step) {
+    Lanes<P> row[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) row[v] = load(right + v * kLanes<T>);
+    for (int v = 0; v < kVectors; ++v) row[v] = load(right + v * kLanes<P>);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const Vector<T> value = left[i] - Vector<T>{};  // in every lane; x - 0 is x, also for -0
+      const Lanes<P> value = broadcast(left[i]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(value, row[v], sum[i][v]);
     }
-    left += kLeftStride<T>;
-    right += kVectors * kLanes<T>;
+    left += kLeftStride<P>;
+    right += kVectors * kLanes<P>;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      T* to = out + i * stride + v * kLanes<T>;
+      Real<P>* to = out + i * stride + v * kLanes<P>;
       store(to, add ? load(to) + sum[i][v] : sum[i][v]);
     }
 }
 
-template <class T, int kVectors, int... row>
-MicroKernel<T> select_micro_kernel(int64_t rows, std::integer_sequence<int, row...>) {
-  static constexpr MicroKernel<T> kernels[] = {micro_kernel<T, row + 1, kVectors>...};
+template <class P, int kVectors, int... row>
+MicroKernel<P> select_micro_kernel(int64_t rows, std::integer_sequence<int, row...>) {
+  static constexpr MicroKernel<P> kernels[] = {micro_kernel<P, row + 1, kVectors>...};
   return kernels[rows - 1];
 }
 
-template <class T>
-MicroKernel<T> select_micro_kernel(int64_t rows, int64_t vectors) {
+template <class P>
+MicroKernel<P> select_micro_kernel(int64_t rows, int64_t vectors) {
   using Rows = std::make_integer_sequence<int, kTileRows>;
   static_assert(kTileVectors == 2);
-  return vectors == 1 ? select_micro_kernel<T, 1>(rows, Rows{}) : select_micro_kernel<T, 2>(rows, Rows{});
+  return vectors == 1 ? select_micro_kernel<P, 1>(rows, Rows{}) : select_micro_kernel<P, 2>(rows, Rows{});
 }
 
 // ---------------------------------------------------------------------------------------------- a block
@@ -235,28 +279,32 @@ void finish_tile(const A* tile, const A* partial, Out* out, int64_t stride, int6
 }
 
 template <class T, class Out>
-void multiply(const GemmBlock& block, Scratch<Real<T>>& scratch) {
-  using A = Real<T>;
+void multiply(const GemmBlock& block, void* memory) {
+  using P = typename Packed<T>::Value;
+  using A = Real<P>;
+  constexpr int64_t kStep = Packed<T>::kStep, kStretch = kStep * kPanelDepth;
+  static_assert(sizeof(Scratch<P>) <= kGemmScratchBytes);
+  auto& scratch = *static_cast<Scratch<P>*>(memory);
   constexpr bool kDirect = std::is_same_v<Out, A>;  // the result itself holds the running sums
-  for (int64_t start = 0; start < block.depth; start += kDepth) {
-    const int64_t depth = smaller(block.depth - start, kDepth);
+  for (int64_t start = 0; start < block.depth; start += kStretch) {
+    const int64_t depth = smaller(block.depth - start, kStretch), steps = (depth + kStep - 1) / kStep;
     const bool first = start == 0, last = start + depth == block.depth;
     const T* left = static_cast<const T*>(block.left) + start * block.left_depth_stride;
     const T* right = static_cast<const T*>(block.right) + start * block.right_depth_stride;
     for (int64_t i = 0; i < block.rows; i += kTileRows) {
       const int64_t rows = smaller(block.rows - i, kTileRows);
-      pack<kLeftStride<A> / kLanes<A>>(left + i * block.left_row_stride, block.left_row_stride, block.left_depth_stride,
+      pack<kLeftStride<P> / kLanes<P>>(left + i * block.left_row_stride, block.left_row_stride, block.left_depth_stride,
                                        block.rows - i, depth, scratch.left);
       for (int64_t j = 0; j < block.columns; j += kTileColumns<A>) {
         const int64_t columns = smaller(block.columns - j, kTileColumns<A>);
         const int64_t vectors = (columns + kLanes<A> - 1) / kLanes<A>;
-        A* right_panel = scratch.right + j * kDepth;
+        P* right_panel = scratch.right + j * kPanelDepth;
         if (i == 0) {
           const auto pack_right = vectors == 1 ? pack<1, T> : pack<kTileVectors, T>;
           pack_right(right + j * block.right_column_stride, block.right_column_stride, block.right_depth_stride,
                      columns, depth, right_panel);
         }
-        const auto kernel = select_micro_kernel<A>(rows, vectors);
+        const auto kernel = select_micro_kernel<P>(rows, vectors);
         Out* out = static_cast<Out*>(block.out) + i * block.out_row_stride + j;
         // Rounding the columns up to whole vectors does not leave `partial`, but it would leave the result.
         A* partial = scratch.partial + i * kGemmBlockColumns + j;
@@ -264,14 +312,14 @@ void multiply(const GemmBlock& block, Scratch<Real<T>>& scratch) {
         const bool add = block.accumulate || (kDirect && !first);
         if constexpr (kDirect) {
           if (whole) {
-            kernel(depth, scratch.left, right_panel, out, block.out_row_stride, add);
+            kernel(steps, scratch.left, right_panel, out, block.out_row_stride, add);
             continue;
           }
         } else if (!last) {
-          kernel(depth, scratch.left, right_panel, partial, kGemmBlockColumns, !first);
+          kernel(steps, scratch.left, right_panel, partial, kGemmBlockColumns, !first);
           continue;
         }
-        kernel(depth, scratch.left, right_panel, scratch.tile, kTileColumns<A>, false);
+        kernel(steps, scratch.left, right_panel, scratch.tile, kTileColumns<A>, false);
         finish_tile(scratch.tile, kDirect || first ? nullptr : partial, out, block.out_row_stride, rows, columns, add);
       }
     }
@@ -284,19 +332,16 @@ void multiply(const GemmBlock& block, Scratch<Real<T>>& scratch) {
 }  // namespace
 
 void gemm_block(const GemmBlock& block, Element operands, Element result, void* scratch) {
-  static_assert(sizeof(Scratch<float>) <= kGemmScratchBytes && sizeof(Scratch<double>) <= kGemmScratchBytes);
-  auto& floats = *static_cast<Scratch<float>*>(scratch);
-  auto& doubles = *static_cast<Scratch<double>*>(scratch);
   if (operands == Element::float64 && result == Element::float64) {
-    multiply<double, double>(block, doubles);
+    multiply<double, double>(block, scratch);
   } else if (operands == Element::float64) {
-    multiply<double, float>(block, doubles);
+    multiply<double, float>(block, scratch);
   } else if (operands == Element::float32) {
-    multiply<float, float>(block, floats);
+    multiply<float, float>(block, scratch);
   } else if (result == Element::float32) {
-    multiply<Bfloat16, float>(block, floats);
+    multiply<Bfloat16, float>(block, scratch);
   } else {
-    multiply<Bfloat16, Bfloat16>(block, floats);
+    multiply<Bfloat16, Bfloat16>(block, scratch);
   }
 }
 

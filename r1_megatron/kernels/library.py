@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).with_name("libr1_megatron.so")
+# What the CPU kernels are compiled for, in the order of csrc/common/cpu.h: each has the instructions of those before.
+CPU_CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 @dataclass(frozen=True)
@@ -37,5 +39,5 @@ def load() -> Library:
     except OSError as error:
         return Library(False, f"{PATH} cannot be loaded: {error}")
     ops = torch.ops.r1_megatron
-    capability = ("baseline", "avx2", "avx512")[ops.cpu_capability()]
+    capability = CPU_CAPABILITIES[ops.cpu_capability()]
     return Library(True, cpu_capability=capability, with_cuda=ops.compiled_with_cuda())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(not library.load().loaded, reason=f"csrc is not 
 # The largest error, relative to the largest value of the result.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-13}
 DTYPES = list(TOLERANCE)
-CAPABILITIES = ("baseline", "avx2", "avx512")
+CAPABILITIES = library.CPU_CAPABILITIES
 
 # Rows per expert, rows past the last expert's, N, K. Every edge of the blocking is in them: tiles of 6, 12 and 14 rows
 # and of 8 to 32 columns, 256 columns and 336 rows a block, and a reduced axis that is summed 256 at a time.
@@ -146,6 +147,36 @@ def test_a_weights_gradient_depends_on_its_experts_rows_alone(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("case", ["odd", "deep"])
+def test_nan_and_infinity_stay_in_their_rows(case, value, dtype):
+    """Also where the reduced axis is odd and a neighbour's first value follows the row's last."""
+    x, weight, dy, offsets = problem(case, dtype)
+    M = sum(CASES[case][0])
+    y, dx = ops.grouped_mm(x, weight, offsets), ops.grouped_mm_dgrad(dy, weight, offsets)
+    bad = torch.arange(1, M, 3)
+    for place in (0, -1):
+        bad_x, bad_dy = x.clone(), dy.clone()
+        bad_x[bad, place], bad_dy[bad, place] = value, value
+        for got, good, want in (
+            (ops.grouped_mm(bad_x, weight, offsets), y, weight[..., place]),
+            (ops.grouped_mm_dgrad(bad_dy, weight, offsets), dx, weight[:, place]),
+        ):
+            rest = torch.ones(len(got), dtype=torch.bool).index_fill(0, bad, False)
+            assert torch.equal(got[rest], good[rest])
+            experts = torch.searchsorted(offsets, bad, right=True)
+            assert torch.equal(got[bad].nan_to_num(), (value * want[experts]).nan_to_num())
+    # Into a weight's gradient, from one value in one row.
+    bad_dy = dy.clone()
+    bad_dy[M - 1, -1] = value
+    out, clean = (grouped_mm_wgrad(d, x, offsets, weight.shape[0], dtype) for d in (bad_dy, dy))
+    last = int(torch.searchsorted(offsets, torch.tensor(M - 1), right=True))
+    assert not out[last, -1].isfinite().any()
+    out[last, -1] = clean[last, -1]
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_number_of_threads_changes_nothing(dtype):
     x, weight, dy, offsets = problem("deep", dtype)
     results, before = [], torch.get_num_threads()
@@ -194,6 +225,38 @@ def test_every_cpu_capability_passes(capability):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
+SCRIPT = """
+import sys, torch
+from r1_megatron.kernels import library
+from tests.kernels.test_grouped_mm import CASES, DTYPES, products
+results = {(case, dtype): products(case, dtype) for case in CASES for dtype in DTYPES}
+torch.save((library.load().cpu_capability, results), sys.argv[1])
+"""
+
+
+def products(case, dtype):
+    x, weight, dy, offsets = problem(case, dtype)
+    gradient = grouped_mm_wgrad(dy, x, offsets, weight.shape[0], torch.float32)
+    return ops.grouped_mm(x, weight, offsets), ops.grouped_mm_dgrad(dy, weight, offsets), gradient
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES[:-1])
+def test_older_processors_agree(capability, tmp_path):
+    own = library.load().cpu_capability
+    if capability not in CAPABILITIES[: CAPABILITIES.index(own)]:
+        pytest.skip(f"this process runs on {own}, which {capability} is not below")
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "R1_MEGATRON_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "results")]
+    subprocess.run(command, cwd=root, env=environment, check=True, timeout=300)
+    found, results = torch.load(tmp_path / "results")
+    assert found == capability
+    for (case, dtype), theirs in results.items():
+        for ours, other in zip(products(case, dtype), theirs):
+            # A gradient in float32 is that exact for bfloat16 too: its products are, and sums run in float32.
+            assert_close(ours, other.double(), torch.float32 if ours.dtype == torch.float32 else dtype)
 
 
 @pytest.mark.parametrize(

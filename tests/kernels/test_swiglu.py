@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not library.load().loaded, reason=f"csrc is not 
 # The largest error, relative to the largest value of the result.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-13}
 DTYPES = list(TOLERANCE)
-CAPABILITIES = ("baseline", "avx2", "avx512")
+CAPABILITIES = library.CPU_CAPABILITIES
 # The dtypes of h and of the probabilities, None for none.
 COMBINATIONS = [*((d, None) for d in DTYPES), *((d, d) for d in DTYPES), *((d, torch.float32) for d in DTYPES[1:])]
 
