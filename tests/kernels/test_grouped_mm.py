@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from r1_megatron.kernels import library, reference
 from r1_megatron.kernels.ops import ops
+from tests.kernels.capabilities import OLDER, results_on
 
 pytestmark = pytest.mark.skipif(not library.load().loaded, reason=f"csrc is not loaded: {library.load().problem}")
 
@@ -228,11 +228,9 @@ def test_every_cpu_capability_passes(capability):
 
 
 SCRIPT = """
-import sys, torch
-from r1_megatron.kernels import library
+import torch
 from tests.kernels.test_grouped_mm import CASES, DTYPES, products
 results = {(case, dtype): products(case, dtype) for case in CASES for dtype in DTYPES}
-torch.save((library.load().cpu_capability, results), sys.argv[1])
 """
 
 
@@ -242,17 +240,9 @@ def products(case, dtype):
     return ops.grouped_mm(x, weight, offsets), ops.grouped_mm_dgrad(dy, weight, offsets), gradient
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES[:-1])
+@pytest.mark.parametrize("capability", OLDER)
 def test_older_processors_agree(capability, tmp_path):
-    own = library.load().cpu_capability
-    if capability not in CAPABILITIES[: CAPABILITIES.index(own)]:
-        pytest.skip(f"this process runs on {own}, which {capability} is not below")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "R1_MEGATRON_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "results")]
-    subprocess.run(command, cwd=root, env=environment, check=True, timeout=300)
-    found, results = torch.load(tmp_path / "results")
-    assert found == capability
+    results = results_on(capability, SCRIPT, tmp_path)
     for (case, dtype), theirs in results.items():
         for ours, other in zip(products(case, dtype), theirs):
             # A gradient in float32 is that exact for bfloat16 too: its products are, and sums run in float32.

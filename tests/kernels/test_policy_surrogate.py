@@ -7,10 +7,6 @@ float32 1e-5, of values to which float32 inputs were converted exactly.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +14,7 @@ from torch import Tensor
 
 from r1_megatron.kernels import library, reference
 from r1_megatron.kernels.ops import POLICY_TERMS, ops
+from tests.kernels.capabilities import OLDER, results_on
 
 pytestmark = pytest.mark.skipif(not library.load().loaded, reason=library.load().problem)
 
@@ -33,13 +30,6 @@ OPTIONS = dict(
     variant="ppo", clip_low=0.2, clip_high=0.28, dual_clip=None, kl_estimator="k3", kl_coef=0.0, entropy_coef=0.0,
     tis_cap=None,
 )  # fmt: skip
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not (torch.cuda.is_available() and library.load().with_cuda):
-        pytest.skip("needs a CUDA device and a build with nvcc")
-    return request.param
 
 
 @pytest.fixture(params=TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -277,27 +267,17 @@ def test_no_tokens_and_no_sequences(dtype, device):
 
 
 SCRIPT = """
-import sys, torch
-from r1_megatron.kernels import library
+import torch
 from tests.kernels.test_policy_surrogate import batch, surrogate
 options = dict(dual_clip=3.0, tis_cap=2.0, kl_coef=0.04, entropy_coef=0.01)
 cases = [(variant, dtype) for variant in ("ppo", "gspo") for dtype in (torch.float32, torch.float64)]
-results = {(variant, dtype): surrogate(batch(dtype), variant=variant, **options) for variant, dtype in cases}
-torch.save((library.load().cpu_capability, options, results), sys.argv[1])
+results = options, {(variant, dtype): surrogate(batch(dtype), variant=variant, **options) for variant, dtype in cases}
 """
 
 
-@pytest.mark.parametrize("capability", library.CPU_CAPABILITIES[:-1])
+@pytest.mark.parametrize("capability", OLDER)
 def test_older_processors_agree(capability, tmp_path):
-    own = library.load().cpu_capability
-    if capability not in library.CPU_CAPABILITIES[: library.CPU_CAPABILITIES.index(own)]:
-        pytest.skip(f"this process runs on {own}, which {capability} is not below")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "R1_MEGATRON_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "results")]
-    subprocess.run(command, cwd=root, env=environment, check=True, timeout=300)
-    found, options, results = torch.load(tmp_path / "results")
-    assert found == capability
+    options, results = results_on(capability, SCRIPT, tmp_path)
     for (variant, dtype), others in results.items():
         assert_close(others, expected(batch(dtype), variant=variant, **options), TOLERANCE[dtype])
 

@@ -6,17 +6,13 @@ the gradient is rounded, 1e-2.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from r1_megatron.kernels import library, reference
 from r1_megatron.kernels.ops import ops
+from tests.kernels.capabilities import OLDER, results_on
 
 pytestmark = pytest.mark.skipif(not library.load().loaded, reason=library.load().problem)
 
@@ -25,13 +21,6 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 GRADIENT_TOLERANCE = {**TOLERANCE, torch.bfloat16: 1e-2}
 SHAPES = (1, 7, 16, 1000, 4099)
 INT64 = torch.iinfo(torch.int64)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not (torch.cuda.is_available() and library.load().with_cuda):
-        pytest.skip("needs a CUDA device and a build with nvcc")
-    return request.param
 
 
 @pytest.fixture(params=TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -302,25 +291,15 @@ def test_the_exponential_is_exact_to_two_units(device):
 
 
 SCRIPT = """
-import sys, torch
-from r1_megatron.kernels import library
+import torch
 from tests.kernels.test_token_statistics import evaluate, problem
 results = {d: evaluate(*problem(4099, d), temperature=0.7) for d in (torch.float32, torch.bfloat16, torch.float64)}
-torch.save((library.load().cpu_capability, results), sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("capability", library.CPU_CAPABILITIES[:-1])
+@pytest.mark.parametrize("capability", OLDER)
 def test_older_processors_agree(capability, tmp_path):
-    own = library.load().cpu_capability
-    if capability not in library.CPU_CAPABILITIES[: library.CPU_CAPABILITIES.index(own)]:
-        pytest.skip(f"this process runs on {own}, which {capability} is not below")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "R1_MEGATRON_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "results")]
-    subprocess.run(command, cwd=root, env=environment, check=True, timeout=300)
-    found, results = torch.load(tmp_path / "results")
-    assert found == capability
+    results = results_on(capability, SCRIPT, tmp_path)
     for dtype, others in results.items():
         arguments = problem(4099, dtype)
         assert_agrees(others, *arguments, temperature=0.7)
