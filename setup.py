@@ -151,7 +151,7 @@ def cuda_libraries(nvcc: str) -> Path:
 
 
 def compile_if_changed(command: list[str], output: Path) -> None:
-    """Run ``command`` unless ``output`` came from the same command and is newer than every file of ``csrc/``."""
+    """Run ``command`` unless ``output`` came from the same one and is newer than its source and every header."""
     note = output.with_suffix(".command")
     text = shlex.join(command)
     headers = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh")]

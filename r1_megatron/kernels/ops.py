@@ -29,7 +29,8 @@ Results are float32 (float64 for float64 logits). ::
     shard_statistics(logits [T, V], targets [T] int64, vocab_start, num_real, temperature, need_entropy) -> [T, 4]
     combine_statistics(stats [K, T, 4]) -> (logprobs, entropy, max, log_sum), each [T]
     shard_gradient_(logits, targets, grad_logprobs?, grad_entropy?, entropy, max, log_sum, vocab_start, num_real,
-                    temperature)                                        logits become their gradient, padding zero
+                    temperature)                                        logits become their gradient, padding zero;
+                                                                        a row without g and h becomes zero unread
 
 The policy surrogate of ``rl/loss.py`` for every token, with its gradient: variant "ppo" | "cispo" | "gspo" ("gspo"
 needs ``cu_seqlens [S+1]`` int32), kl_estimator "k3" | "unbiased". All of float32 (or all of float64), ``[T]``. Where

@@ -38,12 +38,26 @@ Experts = Literal["grouped", "sequential", "transformer_engine"]
 
 
 def chosen_experts(train: TrainConfig, device: str, transformer_engine: bool) -> Experts:
-    """The implementation behind ``train.moe_experts``, whose "auto" takes what has been run on this kind of device."""
-    if train.moe_experts != "auto":
-        return train.moe_experts
-    if transformer_engine:
-        return "transformer_engine"
-    return "grouped" if device == "cpu" else "sequential"
+    """The implementation behind ``train.moe_experts``, whose "auto" takes what has been run on this kind of device.
+
+    Raises:
+        ValueError: what only this machine knows: its layers are not Transformer Engine's, or "auto" has become
+            sequential experts, which cannot recompute their activation.
+    """
+    experts = train.moe_experts
+    if experts == "auto":
+        experts = "transformer_engine" if transformer_engine else "grouped" if device == "cpu" else "sequential"
+    if experts == "transformer_engine" and not transformer_engine:
+        raise ValueError(
+            f"train.moe_experts=transformer_engine: this run on {device} has no Transformer Engine layers (they need "
+            "CUDA, train.bf16=true and the package). Use grouped or auto."
+        )
+    if experts == "sequential" and "moe_act" in train.recompute_modules:
+        raise ValueError(
+            f"train.recompute_modules: moe_act does not go with the sequential experts that train.moe_experts="
+            f"{train.moe_experts} means on {device} here. Recompute moe instead, or set train.moe_experts=grouped."
+        )
+    return experts
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

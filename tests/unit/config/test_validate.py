@@ -111,6 +111,15 @@ CASES = [
         r"recompute_num_layers\(5\) exceeds the 4 layers",
     ),
     (["train.recompute_granularity=selective"], r"selective needs recompute_modules"),
+    (["train.moe_experts=transformer_engine"], r"needs CUDA and train.bf16=true; here .* train.bf16=false"),
+    (
+        [
+            "train.recompute_granularity=selective",
+            "train.recompute_modules=[moe_act]",
+            "train.moe_experts=sequential",
+        ],
+        r"moe_act does not go with train.moe_experts=sequential",
+    ),
     (["train.recompute_modules=[moe]"], r"belongs to train.recompute_granularity=selective, which is null"),
     (
         ["train.recompute_granularity=selective", "train.recompute_modules=[moe, attention]"],
@@ -157,6 +166,8 @@ def test_each_contradiction_is_named(tmp_path: Path, overrides: list[str], messa
         ["train.bf16=true", "rl.probs_diff_limit=1.0"],
         ["train.bf16=true", "rl.on_probs_diff=warn"],
         ["train.recompute_granularity=selective", "train.recompute_modules=[mla_up_proj, mlp, moe, shared_experts]"],
+        ["train.recompute_granularity=selective", "train.recompute_modules=[moe_act]"],
+        ["parallel.device=cuda", "train.moe_experts=grouped"],
         [
             "parallel.device=cuda",
             "train.recompute_granularity=selective",
