@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r1_megatron import __version__
+from r1_megatron.checkpoint.retention import newest_to_resume
 from r1_megatron.config.load import dump_config, load_config
+from r1_megatron.config.resume import changed_course
 from r1_megatron.config.schema import RunConfig
 from r1_megatron.config.validate import check_config
 from r1_megatron.parallel.launch import LaunchResult, launch
@@ -118,15 +120,21 @@ def _train(arguments: argparse.Namespace) -> int:
     topology = Topology.from_config(config.parallel)
     _check_gpus(config, topology.world_size)
 
-    folder = run_folder.claim(config.output_dir, dump_config(config), describe_host())
+    if said := _finished(config):
+        print(said)
+        return 0
+    claim = _claim(config)
+    folder = claim.folder
     print(f"{config.name}: stage {config.stage} on {_ranks_in_words(topology)}, run folder {folder}", flush=True)
     result = launch(
         [sys.executable, "-m", "r1_megatron.cli", "worker", str(folder / run_folder.CONFIG)],
         topology.world_size,
         log_dir=folder / run_folder.LOGS,
         stop_signal=STOP_SIGNAL,
+        pass_fds=(claim.lock,),
     )
     _finish(config, folder, topology.world_size, result)
+    os.close(claim.lock)
     return result.exit_code
 
 
@@ -134,8 +142,12 @@ def _join(arguments: argparse.Namespace) -> int:
     """This process is one rank of a job that torchrun or srun started; rank 0 owns the run folder."""
     config = _checked_config(arguments, world_size=int(os.environ["WORLD_SIZE"]))
     is_first = os.environ["RANK"] == "0"
+    if said := _finished(config):  # the same on every rank
+        if is_first:
+            print(said)
+        return 0
     if is_first:
-        run_folder.claim(config.output_dir, dump_config(config), describe_host())
+        _claim(config)  # the lock is this process's now
     folder = Path(config.output_dir)
 
     def note_the_end(exit_code: int) -> None:
@@ -191,6 +203,32 @@ def _checked_config(
     config = load_config(arguments.file, arguments.overrides)
     check_config(config, world_size, check_files)
     return config
+
+
+def _claim(config: RunConfig) -> run_folder.Claim:
+    """The run folder: a new one, or that of this very run, which goes on."""
+    changed = (lambda begun: changed_course(begun, config)) if _can_resume(config) else None
+    return run_folder.claim(config.output_dir, dump_config(config), describe_host(), changed)
+
+
+def _finished(config: RunConfig) -> str | None:
+    """What to say if the run folder holds this very run and all of its steps are done."""
+    folder = Path(config.output_dir)
+    if not _can_resume(config) or not (folder / run_folder.CONFIG).is_file():
+        return None
+    saved = newest_to_resume(folder / run_folder.CHECKPOINTS)
+    if saved is None or saved.step < config.train.steps:
+        return None
+    if changed_course((folder / run_folder.CONFIG).read_text(encoding="utf-8"), config):
+        return None
+    return (
+        f"{config.name}: all {config.train.steps} steps are done, the result is {saved.path}. Nothing was started. "
+        "Raise train.steps to go on, or choose another output_dir to begin anew."
+    )
+
+
+def _can_resume(config: RunConfig) -> bool:
+    return config.checkpoint.resume and config.stage != "evaluate"
 
 
 def _run_stage(config: RunConfig) -> None:

@@ -273,11 +273,32 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """``load``: a checkpoint folder, of any parallel layout. Checkpoints are written under the run folder."""
+    """``load``: a checkpoint folder, of any parallel layout, to start from. Checkpoints are written under the run
+    folder, and a run that is started again goes on from the newest of them.
+    """
 
     load: str | None = None
     # Steps between checkpoints; 0: only at the end.
     interval: int = 0
+    # A run folder that holds this run already: go on from its newest whole checkpoint, or refuse it.
+    resume: bool = True
+    # That checkpoint is damaged: end and name the one before it, or take that one.
+    on_damaged: Literal["stop", "previous"] = "stop"
+    # Write while training goes on; takes as much host memory as the checkpoint (this rank's part) on disk.
+    async_save: bool = True
+    # Without the optimizer a checkpoint is a fifth of the size, and no run can go on from it.
+    save_optimizer: bool = True
+    # Compare all checksums when a checkpoint is read.
+    verify: bool = True
+    # Step checkpoints that stay: the last ones (null: all of them), and beside them the best by an evaluation's metric.
+    keep_last: int | None = None
+    keep_best: int = 0
+    best_metric: str = "eval/sampled_accuracy"
+    best_mode: Literal["max", "min"] = "max"
+    # A run that is asked to end in the middle of a rollout keeps what is sampled and goes on with it ("continue": the
+    # caches are filled again, which rounds later log-probabilities otherwise), or samples it anew ("restart": bitwise
+    # what it would have been).
+    rollouts_in_flight: Literal["continue", "restart"] = "continue"
 
 
 @dataclass(frozen=True)

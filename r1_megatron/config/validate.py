@@ -91,6 +91,7 @@ _AT_LEAST_ONE_OR_NULL = {
     "rollout": ("pipeline_groups",),
     "rl": ("reference_refresh_steps",),
     "train": ("lr_decay_steps", "recompute_num_layers"),
+    "checkpoint": ("keep_last",),
 }
 _NOT_NEGATIVE = {
     "": ("seed",),
@@ -116,7 +117,7 @@ _NOT_NEGATIVE = {
     ),
     "train": ("min_lr", "lr_warmup_steps", "weight_decay", "clip_grad"),
     "evaluate": ("interval", "num_prompts"),
-    "checkpoint": ("interval",),
+    "checkpoint": ("interval", "keep_best"),
     "telemetry": ("num_samples",),
 }
 _POSITIVE = {

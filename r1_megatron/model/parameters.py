@@ -76,8 +76,7 @@ def global_parameters(chunk: torch.nn.Module, groups: ProcessGroups, biases: boo
         name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{numbers[int(m[1])]}.", local_name)
         if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"  # the last stage's copy
-        for fused, plain in _TRANSFORMER_ENGINE_NAMES:
-            name = re.sub(fused, plain, name)
+        name = plain_name(name)
         name = re.sub(r"local_experts\.(\d+)\.", lambda m: f"local_experts.{int(m[1]) + first_expert}.", name)
         expert = ".experts." in local_name
         group = groups.collection.expt_tp if expert else groups.tp
@@ -95,6 +94,13 @@ def global_parameters(chunk: torch.nn.Module, groups: ProcessGroups, biases: boo
             shards=group.size(),
             shard=group.rank(),
         )
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight of Transformer Engine's fused layers has in the separate ones."""
+    for fused, plain in _TRANSFORMER_ENGINE_NAMES:
+        name = re.sub(fused, plain, name)
+    return name
 
 
 def _one_by_one(tensors: list[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

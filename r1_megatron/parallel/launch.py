@@ -84,6 +84,7 @@ def launch(
     env: dict[str, str] | None = None,
     grace_s: float = GRACE_S,
     stop_signal: int | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> LaunchResult:
     """Run ``command`` once per rank on this node and wait until all have ended.
 
@@ -97,6 +98,7 @@ def launch(
         env: the environment to build on, this process's by default.
         grace_s: seconds between asking the ranks to end and killing them.
         stop_signal: what the ranks listen for, see `rank.listen_for_stop`.
+        pass_fds: file descriptors that every rank keeps open to its end.
     """
     log_dir = Path(log_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,8 @@ def launch(
     with _reserved_port() as port, _caught_signals() as caught:
         try:
             for rank in range(world_size):
-                ranks.append(_Rank(command, rank, rank_environment(rank, world_size, port, log_dir, base), log_dir))
+                environment = rank_environment(rank, world_size, port, log_dir, base)
+                ranks.append(_Rank(command, rank, environment, log_dir, pass_fds))
             memory = _watch(ranks, caught, stop_signal)
             failure = None
             asked = stop_signal is not None and len(caught) == 1
@@ -149,7 +152,9 @@ def rank_environment(rank: int, world_size: int, port: int, log_dir: Path, base:
 class _Rank:
     """One child process and its files."""
 
-    def __init__(self, command: Sequence[str], rank: int, env: dict[str, str], log_dir: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], rank: int, env: dict[str, str], log_dir: Path, pass_fds: Sequence[int]
+    ) -> None:
         self.rank = rank
         self.log = log_dir / f"rank_{rank}.log"
         self._record_path = log_dir / f"rank_{rank}.error.json"
@@ -162,6 +167,7 @@ class _Rank:
                 stdin=subprocess.DEVNULL,
                 stdout=None if rank == 0 else log,
                 stderr=log,
+                pass_fds=tuple(pass_fds),
                 # Ctrl-C in the terminal reaches the launcher only, which then ends the ranks in order.
                 start_new_session=True,
             )

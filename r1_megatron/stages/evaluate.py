@@ -27,11 +27,30 @@ def run(cfg: RunConfig) -> None:
         evaluate(run, step=run.loaded.get("step", 0))
 
 
-def evaluate_if_due(run: Run, step: int) -> None:
-    """At the start, every `evaluate.interval` steps, and after the last step."""
+def evaluate_at_start(run: Run) -> None:
+    """Before the first step; or after the step that a run goes on from, if it was asked to end before it evaluated."""
+    if not run.resumed:
+        evaluate(run, step=0)
+    elif is_due(run, run.finished_steps) and not run.resumed["state"]["evaluated"]:
+        evaluate(run, run.finished_steps)
+
+
+def end_step(run: Run, step: int) -> bool:
+    """Evaluate and save what is due after a step; answers whether the run ends here because it was asked to.
+
+    A run that was asked to end (Ctrl-C, a time limit) saves at once; the evaluation comes when it goes on.
+    """
+    ends = run.asked_to_end()
+    evaluates = is_due(run, step) and (not ends or step == run.cfg.train.steps)
+    run.evaluation = evaluate(run, step) if evaluates else {}
+    run.save_if_due(step, ends)
+    return ends
+
+
+def is_due(run: Run, step: int) -> bool:
+    """Every `evaluate.interval` steps, and after the last step."""
     interval = run.cfg.evaluate.interval
-    if step in (0, run.cfg.train.steps) or (interval and step % interval == 0):
-        evaluate(run, step)
+    return step == run.cfg.train.steps or bool(interval and step % interval == 0)
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
@@ -48,7 +67,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     results.update(_accuracy(run, "sampled", run.cfg.sampling, run.cfg.evaluate.samples_per_prompt))
     results.update(_accuracy(run, "greedy", greedy, 1))
     run.log.evaluation(step, results)
-    return results
+    return {f"eval/{name}": value for name, value in results.items()}
 
 
 def num_right(group: GradedGroup) -> int:

@@ -20,7 +20,7 @@ from r1_megatron.data.prompts import PromptStream
 from r1_megatron.rl.credit import assign_credit, count_loss
 from r1_megatron.rl.select import apply_overlong_penalty, select_groups
 from r1_megatron.rl.weights import LossCounts
-from r1_megatron.stages.evaluate import evaluate_if_due
+from r1_megatron.stages.evaluate import end_step, evaluate_at_start
 from r1_megatron.stages.grading import grade
 from r1_megatron.stages.setup import Run, open_run
 from r1_megatron.stages.step_report import Minibatch, StepReport
@@ -36,11 +36,12 @@ class RolloutMismatchError(RaisedTogether, RuntimeError):
 def run(cfg: RunConfig) -> None:
     """Sample, grade, credit, learn. Each line enters one room."""
     with open_run(cfg) as run:
-        prompts = PromptStream(run.train_prompts, cfg.data.seed, cfg.data.shuffle)
+        prompts = run.track("prompts", PromptStream(run.train_prompts, cfg.data.seed, cfg.data.shuffle))
         objective = PolicyObjective(cfg.rl, cfg.sampling.temperature)
-        refresh_reference(run, step=0)
-        evaluate_if_due(run, step=0)
-        for step in range(1, cfg.train.steps + 1):
+        if not run.resumed:
+            refresh_reference(run, step=0)
+        evaluate_at_start(run)
+        for step in run.steps():
             report = StepReport(run)
             with run.log.clock("rollout"):
                 blocks = deal(prompts.take(cfg.rollout.prompts_per_step), run)
@@ -56,9 +57,8 @@ def run(cfg: RunConfig) -> None:
             run.log.write(step, metrics)
             check_rollout_match(run, step, metrics)
             refresh_reference(run, step)
-            if run.save_if_due(step):
+            if end_step(run, step):
                 break
-            evaluate_if_due(run, step)
 
 
 def deal(prompts: Sequence[Prompt], run: Run) -> list[list[Prompt]]:

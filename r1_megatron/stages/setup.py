@@ -6,12 +6,17 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from r1_megatron.checkpoint.store import load_checkpoint, save_weights
+from r1_megatron.checkpoint import retention
+from r1_megatron.checkpoint.contents import Contents
+from r1_megatron.checkpoint.optimizer_state import optimizer_step
+from r1_megatron.checkpoint.random_states import seed_random
+from r1_megatron.checkpoint.store import load_checkpoint
+from r1_megatron.checkpoint.writer import CheckpointWriter
 from r1_megatron.config.schema import RunConfig
 from r1_megatron.data.prompts import PromptSet, build_prompts
 from r1_megatron.data.tasks import Task
@@ -22,15 +27,30 @@ from r1_megatron.parallel.groups import ProcessGroups, build_process_groups, des
 from r1_megatron.parallel.rank import listen_for_stop, stop_requested
 from r1_megatron.rewards.base import Grader, build_rewards
 from r1_megatron.rollout.engine import Engine, build_engine
+from r1_megatron.stages.resume import can_resume, find_start, restore
 from r1_megatron.telemetry.run_folder import CHECKPOINTS
 from r1_megatron.telemetry.writers import RunLog
 from r1_megatron.train.policy import Policy, build_policy
 from r1_megatron.train.step import RaisedTogether
 
 
+class Resumable(Protocol):
+    """Something with a place in the run that a checkpoint keeps: a stream of prompts, for one."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+R = TypeVar("R", bound=Resumable)
+
+
 @dataclass
 class Run:
-    """One stage on this rank. ``grader`` is there on one rank per model replica, which grades for the others."""
+    """One stage on this rank. ``grader`` is there on one rank per model replica, which grades for the others.
+
+    ``loaded`` describes the checkpoint that the weights are from; ``resumed`` the one that the run goes on from.
+    """
 
     cfg: RunConfig
     groups: ProcessGroups
@@ -42,36 +62,97 @@ class Run:
     engine: Engine
     grader: Grader | None
     log: RunLog
+    writer: CheckpointWriter
     loaded: dict[str, Any] = field(default_factory=dict)
+    resumed: dict[str, Any] = field(default_factory=dict)
     finished_steps: int = 0
+    evaluation: dict[str, float] = field(default_factory=dict)
+    _tracked: dict[str, Resumable] = field(default_factory=dict)
 
-    def save_checkpoint(self, name: str, step: int) -> None:
-        """Write ``checkpoints/<name>`` in the run folder. Collective."""
-        description = {
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.cfg.output_dir) / CHECKPOINTS
+
+    def track(self, name: str, part: R) -> R:
+        """Keep the part's state in every checkpoint from now on, and give it back the one that was kept."""
+        if self.resumed:
+            part.restore(self.resumed["state"][name])
+        self._tracked[name] = part
+        return part
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps to be done, after those that the checkpoint has."""
+        yield from range(self.finished_steps + 1, self.cfg.train.steps + 1)
+
+    def save_checkpoint(self, name: str, step: int, resumable: bool = True) -> None:
+        """Write ``checkpoints/<name>``, or begin to. Collective. ``resumable``: here the run can go on from it."""
+        policy, keeps = self.policy, resumable and self.cfg.checkpoint.save_optimizer
+        contents = Contents(
+            policy.chunks,
+            self.groups,
+            policy.optimizer if keeps else None,
+            policy.reference if keeps else None,
+            random=keeps,
+        )
+        description: dict[str, Any] = {
             "stage": self.cfg.stage,
             "step": step,
-            "policy_version": self.policy.version,
-            "model": asdict(self.cfg.model),
+            "policy_version": policy.version,
+            "weights": {"dtype": "bfloat16" if self.cfg.train.bf16 else "float32", "fp8": None},
+            "evaluation": self.evaluation,
         }
-        folder = Path(self.cfg.output_dir) / CHECKPOINTS / name
-        with self.policy.gathered():
-            save_weights(folder, self.policy.chunks, self.groups, description)
-        self.log.note(f"checkpoint: {folder}")
+        if keeps:
+            assert policy.optimizer is not None and policy.scheduler is not None
+            description["optimizer_step"] = optimizer_step(policy.optimizer)
+            description["layout"] = asdict(self.cfg.parallel)
+            description["state"] = {
+                "scheduler_steps": policy.scheduler.num_steps,
+                "has_reference": policy.reference is not None,
+                "evaluated": bool(self.evaluation),
+                "log": self.log.sizes(),
+                **{name: part.state() for name, part in self._tracked.items()},
+            }
+        with policy.gathered():
+            state = contents.sharded_state()
+            self._announce(self.writer.begin(self.checkpoints / name, state, description, self.cfg.model))
 
-    def save_if_due(self, step: int) -> bool:
+    def save_if_due(self, step: int, ends: bool) -> None:
         """A checkpoint every ``checkpoint.interval`` steps, ``final`` after the last one, and one before an early end.
 
-        Answers whether the run ends here because it was asked to (Ctrl-C, a time limit). Collective.
+        Collective.
         """
         self.finished_steps = step
-        asked = torch.tensor([int(stop_requested())], device=self.groups.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        self._announce(self.writer.poll())
         interval = self.cfg.checkpoint.interval
         if step == self.cfg.train.steps:
-            self.save_checkpoint("final", step)
-        elif asked.item() or (interval and step % interval == 0):
-            self.save_checkpoint(f"step_{step:06d}", step)
+            self.save_checkpoint(retention.FINAL, step)
+        elif ends or (interval and step % interval == 0):
+            self.save_checkpoint(retention.step_name(step), step)
+        if ends or step == self.cfg.train.steps:
+            self._announce(self.writer.finish())
+
+    def asked_to_end(self) -> bool:
+        """Whether any rank was asked to; they hear of it at different moments. Collective."""
+        asked = torch.tensor([int(stop_requested())], device=self.groups.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked.item())
+
+    def save_at_failure(self) -> None:
+        """What was learned until an error that all ranks raise together. No run goes on from it by itself."""
+        self._announce(self.writer.finish())
+        if self.policy.version > 0:
+            names = [retention.free_name(self.checkpoints, retention.AT_FAILURE)]
+            dist.broadcast_object_list(names, src=0)
+            self.save_checkpoint(names[0], self.finished_steps, resumable=False)
+            self._announce(self.writer.finish())
+
+    def _announce(self, whole: Path | None) -> None:
+        """A checkpoint has become whole: say so, and remove those that are not kept."""
+        if whole is None:
+            return
+        self.log.note(f"checkpoint: {whole}")
+        if dist.get_rank() == 0:
+            retention.apply_retention(self.checkpoints, self.cfg.checkpoint)
 
 
 @contextlib.contextmanager
@@ -82,6 +163,7 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
     """
     listen_for_stop()
     groups = build_process_groups(cfg.parallel, cfg.seed)
+    seed_random(cfg.seed)
     is_writer = dist.get_rank() == 0
     tokenizer = build_tokenizer(cfg.tokenizer, cfg.output_dir, write=is_writer)
     if tokenizer.vocab_size > cfg.model.vocab_size:
@@ -92,6 +174,8 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
     # Supervised rows are no prompts: the stage reads data.path itself.
     wants_prompts = cfg.stage != "sft" or cfg.data.source != "jsonl"
     train_prompts, held_out, task = build_prompts(cfg.data, tokenizer, cfg.model.vocab_size, train=wants_prompts)
+    saved = find_start(cfg)
+    done = 0 if saved is None else saved.step
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(
             RunLog(
@@ -104,6 +188,8 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
                 wandb_project=cfg.telemetry.wandb_project,
                 name=cfg.name,
                 config=asdict(cfg),
+                first_step=done + 1,
+                resumed=can_resume(cfg),
             )
         )
         operators = library.load()
@@ -116,18 +202,25 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
                     f"{prompts.num_duplicates} duplicates"
                 )
         grader = stack.enter_context(build_rewards(cfg.reward)) if groups.is_replica_writer else None
-        chunks = build_model(cfg, groups, draw_weights=not cfg.checkpoint.load)
-        loaded = load_checkpoint(cfg.checkpoint.load, cfg.model, chunks, groups) if cfg.checkpoint.load else {}
-        if loaded:
-            log.note(f"weights from {cfg.checkpoint.load} (stage {loaded.get('stage')}, step {loaded.get('step')})")
+        source = cfg.checkpoint.load if saved is None else None
+        chunks = build_model(cfg, groups, draw_weights=saved is None and not source)
+        loaded = {}
+        if source:
+            loaded = load_checkpoint(source, Contents(chunks, groups), cfg.model, verify=cfg.checkpoint.verify)
+            log.note(f"weights from {source} (stage {loaded.get('stage')}, step {loaded.get('step')})")
         policy = build_policy(cfg, groups, chunks)
+        if saved is not None:
+            restore(cfg, saved, policy)
+            log.note(f"going on after step {done} from {saved.path}")
         engine = build_engine(cfg, policy.chunks, groups, tokenizer)
-        run = Run(cfg, groups, tokenizer, train_prompts, held_out, task, policy, engine, grader, log, loaded)
+        writer = CheckpointWriter(background=cfg.checkpoint.async_save)
+        run = Run(cfg, groups, tokenizer, train_prompts, held_out, task, policy, engine, grader, log, writer, loaded)
+        if saved is not None:
+            run.resumed, run.finished_steps = saved.description, done
         try:
             yield run
         except RaisedTogether:
-            if policy.version > 0:
-                run.save_checkpoint("at_failure", run.finished_steps)
+            run.save_at_failure()
             raise
         dist.barrier()
     destroy_distributed()

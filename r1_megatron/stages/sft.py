@@ -14,7 +14,7 @@ import numpy as np
 from r1_megatron.config.schema import RunConfig
 from r1_megatron.data.demonstrations import Demonstration, load_demonstrations, task_demonstrations
 from r1_megatron.data.prompts import epoch_order
-from r1_megatron.stages.evaluate import evaluate_if_due
+from r1_megatron.stages.evaluate import end_step, evaluate_at_start
 from r1_megatron.stages.setup import Run, open_run
 from r1_megatron.train.objectives import SupervisedObjective
 from r1_megatron.train.step import train_step
@@ -24,8 +24,10 @@ from r1_megatron.types import TrainSample
 def run(cfg: RunConfig) -> None:
     """Read, mask, learn."""
     with open_run(cfg) as run:
-        rows = DemonstrationStream(run)
-        for step in range(1, cfg.train.steps + 1):
+        rows = run.track("demonstrations", DemonstrationStream(run))
+        if run.resumed:
+            evaluate_at_start(run)
+        for step in run.steps():
             with run.log.clock("data"):
                 batch = rows.take(cfg.sft.batch_size)
                 mine = batch[run.groups.dp_rank :: run.groups.topology.dp]
@@ -44,9 +46,8 @@ def run(cfg: RunConfig) -> None:
             run.log.write(step, metrics)
             if result.problem:
                 run.log.note(f"update skipped: {result.problem}")
-            if run.save_if_due(step):
+            if end_step(run, step):
                 break
-            evaluate_if_due(run, step)
 
 
 def supervised_sample(row: Demonstration, num_tokens: int) -> TrainSample:
@@ -75,6 +76,18 @@ class DemonstrationStream:
             self._rows = load_demonstrations(
                 cfg.data.path, cfg.data, run.tokenizer, cfg.model.vocab_size, cfg.model.max_position_embeddings
             )
+
+    def state(self) -> dict[str, int]:
+        """The place in the stream, and how many rows there are (0: an endless supply)."""
+        return {"position": self._position, "num_rows": len(self._rows or ())}
+
+    def restore(self, state: dict[str, int]) -> None:
+        if state["num_rows"] != len(self._rows or ()):
+            raise ValueError(
+                f"data.path: the checkpoint was made with {state['num_rows']} rows, but the data now has "
+                f"{len(self._rows or ())}: the order would differ. Go on with the same data, or start a new run."
+            )
+        self._position = state["position"]
 
     def take(self, count: int) -> list[Demonstration]:
         start, self._position = self._position, self._position + count

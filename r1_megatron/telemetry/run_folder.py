@@ -1,4 +1,4 @@
-"""The folder of a run: claimed once, never overwritten, readable by itself years later.
+"""The folder of a run: claimed by one job at a time, never overwritten, readable by itself years later.
 
 ::
 
@@ -7,14 +7,21 @@
     launch.json        written when the run ended: exit code, seconds, peak memory of all ranks
     metrics.jsonl      one line per step            samples.jsonl   sampled rollouts
     tensorboard/       the same metrics             logs/           stderr of every rank
-    checkpoints/       weights                      report.html     the run on one page
+    checkpoints/       weights, optimizer, ...      report.html     the run on one page
+    starts/1, 2, ...   of a run that went on: the files of its earlier starts, and the metrics of steps done again
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +32,27 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 LOGS = "logs"
 CHECKPOINTS = "checkpoints"
+# In every whole checkpoint: what it holds. While one is being written its folder's name ends in PARTIAL.
+CHECKPOINT = "checkpoint.json"
+PARTIAL = ".partial"
 
 # Where the remains of starts that failed before their first result go: failed_starts/1, failed_starts/2, ...
 FAILED_STARTS = "failed_starts"
+# Where a run that goes on keeps what its earlier starts left.
+STARTS = "starts"
+# Held by the launcher and all ranks of a job. The kernel lets go of it when the last of them is gone.
+LOCK = ".lock"
+LOCK_WAIT_S = 15.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run folder that is ours. ``lock`` is a file descriptor to be passed on to the ranks, ``resumed`` says that the
+    folder held this very run already."""
+
+    folder: Path
+    resumed: bool
+    lock: int
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
@@ -51,41 +76,92 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
-def claim(path: str | Path, config_yaml: str, environment: dict[str, Any]) -> Path:
-    """Make ``path`` the folder of a new run and return it.
+def claim(
+    path: str | Path,
+    config_yaml: str,
+    environment: dict[str, Any],
+    changed: Callable[[str], Sequence[str]] | None = None,
+) -> Claim:
+    """Make ``path`` the folder of this run.
 
     A folder that is absent or empty is taken. So is one whose run failed before it produced anything (no step, no
     sample, no checkpoint), so that a corrected start needs no cleaning up: what that run left is moved to
-    ``failed_starts/1``, ``failed_starts/2``, ... Anything else is refused.
+    ``failed_starts/1``, ``failed_starts/2``, ... One that holds this very run is taken to go on with it, and what its
+    last start left is kept in ``starts/1``, ... Anything else is refused.
+
+    Args:
+        changed: given the ``config.yaml`` found there, says in which fields the run would change; ``None``: a run that
+            is there already is refused.
 
     Raises:
-        ValueError: the folder holds another run or other files.
+        ValueError: the folder holds another run or other files, or a job is at work in it.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: {folder} is a file. Set output_dir to a folder that does not exist yet.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if _failed_before_any_result(folder):
-            _set_aside(folder)
-        found = sorted(entry.name for entry in folder.iterdir() if entry.name != FAILED_STARTS)
-        if found:
-            raise ValueError(_refusal(folder, found))
-        # Whoever creates the file owns the folder: two launches at once cannot both succeed.
-        with open(folder / CONFIG, "x", encoding="utf-8") as file:
-            file.write(config_yaml)
-    except FileExistsError:
-        raise ValueError(_refusal(folder, [CONFIG])) from None
+        if (found := _contents(folder)) and CONFIG not in found:
+            raise ValueError(_refusal(folder, found))  # not ours: not even a lock is left there
+        lock = _lock(folder)
+        try:
+            resumed = _take(folder, config_yaml, changed)
+            write_json(folder / ENVIRONMENT, environment)
+            (folder / LOGS).mkdir(exist_ok=True)
+        except BaseException:
+            os.close(lock)
+            raise
     except OSError as error:
         raise ValueError(f"output_dir: cannot write to {folder}: {error.strerror}. Set another output_dir.") from error
-    write_json(folder / ENVIRONMENT, environment)
-    (folder / LOGS).mkdir(exist_ok=True)
-    return folder
+    return Claim(folder, resumed, lock)
+
+
+def _take(
+    folder: Path,
+    config_yaml: str,
+    changed: Callable[[str], Sequence[str]] | None,
+) -> bool:
+    """Write the configuration, if the folder may be taken; answers whether it held this run already."""
+    if _failed_before_any_result(folder):
+        _set_aside(folder)
+    found = _contents(folder)
+    if found:
+        if changed is None or CONFIG not in found:
+            raise ValueError(_refusal(folder, found))
+        differing = changed((folder / CONFIG).read_text(encoding="utf-8"))
+        if differing:
+            raise ValueError(
+                f"output_dir: {folder} holds a run with another configuration: {'; '.join(differing)}. Nothing was "
+                "written. Give it the run's own values to go on with it, or choose another folder "
+                "(output_dir=runs/another); with checkpoint.load a new run starts from this one's weights."
+            )
+        _keep_last_start(folder)
+    write_atomic(folder / CONFIG, config_yaml)
+    return bool(found)
+
+
+def cut_back(folder: str | Path, sizes: Mapping[str, int]) -> None:
+    """Make the files of a run that goes on as long as they were at its checkpoint; 0 if they are not mentioned.
+
+    The lines behind are of steps that are done again. They are moved to the last of ``starts``.
+    """
+    folder = Path(folder)
+    for name in (METRICS, SAMPLES):
+        path, size = folder / name, sizes.get(name, 0)
+        if not path.is_file() or path.stat().st_size <= size:
+            continue
+        aside = folder / STARTS / str(max(_num_entries(folder / STARTS), 1))
+        aside.mkdir(parents=True, exist_ok=True)
+        with open(path, "rb") as file:
+            file.seek(size)
+            write_atomic(aside / name, file.read())
+        os.truncate(path, size)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint of a run. A checkpoint gets its ``checkpoint.json`` and its name when it is whole."""
-    whole = (path for path in Path(folder, CHECKPOINTS).glob("*/checkpoint.json") if path.parent.suffix != ".partial")
+    found = Path(folder, CHECKPOINTS).glob(f"*/{CHECKPOINT}")
+    whole = (path for path in found if path.parent.suffix != PARTIAL and not path.parent.is_symlink())
     newest = max(whole, key=lambda path: path.stat().st_mtime_ns, default=None)
     return newest.parent if newest else None
 
@@ -117,12 +193,51 @@ def _failed_before_any_result(folder: Path) -> bool:
 
 def _set_aside(folder: Path) -> None:
     aside = folder / FAILED_STARTS
-    number = 1 + sum(1 for _ in aside.iterdir()) if aside.is_dir() else 1
-    target = aside / str(number)
+    target = aside / str(_num_entries(aside) + 1)
     target.mkdir(parents=True)
     for entry in list(folder.iterdir()):
-        if entry != aside:
+        if entry not in (aside, folder / LOCK):
             entry.rename(target / entry.name)
+
+
+def _contents(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in (FAILED_STARTS, LOCK))
+
+
+def _keep_last_start(folder: Path) -> None:
+    """Configuration, environment, end and logs of the start before. Copied where a kill in between must leave them."""
+    target = folder / STARTS / str(_num_entries(folder / STARTS) + 1)
+    target.mkdir(parents=True)
+    for name in (CONFIG, ENVIRONMENT):
+        if (folder / name).is_file():
+            shutil.copy2(folder / name, target / name)
+    for name in (LAUNCH, LOGS):
+        if (folder / name).exists():
+            (folder / name).rename(target / name)
+
+
+def _lock(folder: Path) -> int:
+    """An exclusive lock on the folder. A job that was killed is given time to end its ranks."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                return descriptor  # a file system without locks
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise ValueError(
+                    f"output_dir: a job is at work in {folder} (it holds {LOCK}). Wait for its end, or choose another "
+                    "folder (output_dir=runs/another)."
+                ) from None
+            time.sleep(0.2)
+
+
+def _num_entries(folder: Path) -> int:
+    return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
 
 
 def _num_lines(path: Path) -> int:

@@ -14,6 +14,7 @@ Every line is flushed when it is written, so whatever ends the run (an exception
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -81,10 +82,10 @@ class MetricsFile(JsonLines):
 class TensorBoard:
     """The same metrics as TensorBoard events (``tensorboard --logdir runs``)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # seconds of import: only where it is wanted
 
-        self._events = SummaryWriter(str(folder))
+        self._events = SummaryWriter(str(folder), purge_step=purge_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -102,7 +103,11 @@ class Wandb:
         require_wandb()
         import wandb
 
-        self._run = wandb.init(project=project, name=name, dir=str(folder), config=dict(config))
+        # One run on wandb per run folder, also if it goes on after an interruption.
+        run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        self._run = wandb.init(
+            project=project, name=name, dir=str(folder), config=dict(config), id=run_id, resume="allow"
+        )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -125,12 +130,13 @@ class RunLog:
     except the clock, which runs everywhere so that the caller may reduce its times.
 
     Args:
-        folder: the run folder, made if absent. It must not hold metrics yet.
+        folder: the run folder, made if absent. It must not hold metrics yet, unless the run is ``resumed``.
         total_steps: for "step 12/100" and the time left.
         is_writer: true on one rank.
         world_size: ranks, for the per-GPU rate.
         num_samples: rollouts kept in ``samples.jsonl`` per call of :meth:`samples`, at most.
         config: the resolved configuration as plain data, for wandb.
+        first_step: the step that comes first now; ``resumed``: the files there are this run's, up to that step.
     """
 
     def __init__(
@@ -146,6 +152,7 @@ class RunLog:
         name: str = "run",
         config: Mapping[str, Any] | None = None,
         first_step: int = 1,
+        resumed: bool = False,
         stream: TextIO | None = None,
     ) -> None:
         self.folder = Path(folder)
@@ -160,7 +167,7 @@ class RunLog:
         if not is_writer:
             return
         metrics_path = self.folder / METRICS
-        if first_step == 1 and metrics_path.is_file() and metrics_path.stat().st_size > 0:
+        if not resumed and metrics_path.is_file() and metrics_path.stat().st_size > 0:
             raise ValueError(
                 f"output_dir: {self.folder} already holds the metrics of another run. Choose another output_dir."
             )
@@ -169,7 +176,7 @@ class RunLog:
             self._writers.append(MetricsFile(metrics_path))
             self._samples = JsonLines(self.folder / SAMPLES)
             if tensorboard:
-                self._writers.append(TensorBoard(self.folder / "tensorboard"))
+                self._writers.append(TensorBoard(self.folder / "tensorboard", first_step if resumed else None))
             if wandb_project is not None:
                 self._writers.append(Wandb(wandb_project, name, self.folder, config or {}))
         except BaseException:
@@ -211,6 +218,12 @@ class RunLog:
             return
         for _, row in zip(range(self._num_samples), rows):
             self._samples.append({"step": step, **_without_nonfinite(row)})
+
+    def sizes(self) -> dict[str, int]:
+        """How long the files are now, in bytes: what a checkpoint keeps to go on from. Empty on the other ranks."""
+        if not self._is_writer:
+            return {}
+        return {name: (self.folder / name).stat().st_size for name in (METRICS, SAMPLES)}
 
     def note(self, text: str) -> None:
         """A line on the writer's screen."""

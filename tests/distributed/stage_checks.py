@@ -15,7 +15,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from r1_megatron.checkpoint.store import load_weights, save_weights
+from r1_megatron.checkpoint.contents import Contents
+from r1_megatron.checkpoint.store import load_checkpoint, save_weights
 from r1_megatron.config.schema import (
     DataConfig,
     EvaluateConfig,
@@ -285,13 +286,13 @@ def save_named(folder: str, parallel: ParallelConfig, experts: str = "auto") -> 
     groups, chunks = _model(parallel, experts=experts)
     for parameter in _parameters(chunks, groups):
         parameter.tensor.data.copy_(content(parameter))
-    save_weights(folder, chunks, groups, {"step": 5, "stage": "sft", "policy_version": 5})
+    save_weights(folder, chunks, groups, TINY, {"step": 5, "stage": "sft", "policy_version": 5})
 
 
 def load_named(folder: str, parallel: ParallelConfig, experts: str = "auto") -> Answer:
     """Read it under a layout. Answers the names this rank holds, and those whose content is not what was written."""
     groups, chunks = _model(parallel, seed=4321, experts=experts)
-    description = load_weights(folder, chunks, groups)
+    description = load_checkpoint(folder, Contents(chunks, groups), TINY)
     names, wrong = [], []
     for parameter in _parameters(chunks, groups):
         names.append(parameter.name)
@@ -319,9 +320,9 @@ def content(parameter: GlobalParameter) -> torch.Tensor:
 def save_twice(folder: str, parallel: ParallelConfig) -> tuple[str, str]:
     """Type and text of what the second save to one name raises."""
     groups, chunks = _model(parallel)
-    save_weights(folder, chunks, groups, {"step": 1})
+    save_weights(folder, chunks, groups, TINY, {"step": 1})
     try:
-        save_weights(folder, chunks, groups, {"step": 2})
+        save_weights(folder, chunks, groups, TINY, {"step": 2})
     except Exception as error:
         return type(error).__name__, str(error)
     return "", "no error"
@@ -332,7 +333,7 @@ def save_without_room(folder: str, parallel: ParallelConfig) -> tuple[str, str]:
     groups, chunks = _model(parallel)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
     try:
-        save_weights(folder, chunks, groups, {"step": 1})
+        save_weights(folder, chunks, groups, TINY, {"step": 1})
     except Exception as error:
         return type(error).__name__, str(error)
     return "", "no error"
@@ -342,11 +343,11 @@ def interrupted_save(folder: str, parallel: ParallelConfig) -> tuple[str, str]:
     """A save whose last rank fails before anything is whole, then a load of that name: type and text of the error."""
     groups, chunks = _model(parallel)
     with (
-        mock.patch("r1_megatron.checkpoint.store.os.replace", side_effect=KeyboardInterrupt),
-        mock.patch("r1_megatron.checkpoint.store.json.dumps", side_effect=KeyboardInterrupt),
+        mock.patch("r1_megatron.checkpoint.writer.os.replace", side_effect=KeyboardInterrupt),
+        mock.patch("r1_megatron.checkpoint.writer.json.dumps", side_effect=KeyboardInterrupt),
         contextlib.suppress(KeyboardInterrupt),
     ):
-        save_weights(folder, chunks, groups, {"step": 1})
+        save_weights(folder, chunks, groups, TINY, {"step": 1})
     assert [path.name for path in Path(folder).parent.iterdir()] == [Path(folder).name + ".partial"]
     return failure_of_load(folder, parallel)
 

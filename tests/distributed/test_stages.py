@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -392,7 +393,7 @@ def test_a_checkpoint_is_read_under_another_layout(ranks: RankPool, saved, writt
     names = set()
     for answer in answers:
         assert answer["wrong"] == []
-        assert answer["description"] == {"step": 5, "stage": "sft", "policy_version": 5}
+        assert answer["description"].items() >= {"format": 1, "step": 5, "stage": "sft", "policy_version": 5}.items()
         names.update(answer["names"])
     assert sum("expert_bias" in name for name in names) == 3
     assert {f"decoder.layers.3.mlp.experts.local_experts.{i}.linear_fc1.weight" for i in range(8)} <= names
@@ -416,7 +417,7 @@ def test_a_checkpoint_is_never_overwritten(ranks: RankPool, tmp_path: Path) -> N
     for kind, message in ranks.run(f"{STAGES}:save_twice", 2, folder=str(folder), parallel=LAYOUTS["dp2"]):
         assert kind == "FileExistsError"
         assert f"{folder} exists already. Choose another output_dir or remove it." in message
-    assert json.loads((folder / "checkpoint.json").read_text()) == {"step": 1}
+    assert json.loads((folder / "checkpoint.json").read_text())["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
@@ -482,14 +483,26 @@ def test_a_folder_that_is_no_checkpoint(ranks: RankPool, tmp_path: Path) -> None
     assert "has no checkpoint.json: it is no complete checkpoint" in message
 
 
+# What is done to a checkpoint, and what its refusal says.
 DAMAGES = {
-    "a data file is missing": lambda folder: next(folder.glob("*.distcp")).unlink(),
-    "a data file is cut": lambda folder: cut(next(folder.glob("*.distcp"))),
-    "the index is missing": lambda folder: (folder / ".metadata").unlink(),
-    "the index is cut": lambda folder: cut(folder / ".metadata"),
-    "the common part is cut": lambda folder: cut(folder / "common.pt"),
-    "the description is cut": lambda folder: cut(folder / "checkpoint.json"),
+    "a data file is missing": (r"__0_0\.distcp is missing", lambda folder: (folder / "__0_0.distcp").unlink()),
+    "a data file is cut": (
+        r"__0_0\.distcp has \d+ bytes, written were \d+",
+        lambda folder: cut(folder / "__0_0.distcp"),
+    ),
+    "a bit is flipped": (r"__0_0\.distcp was changed \(its sha256 is", lambda folder: flip(folder / "__0_0.distcp")),
+    "the index is missing": (r"\.metadata is missing", lambda folder: (folder / ".metadata").unlink()),
+    "the index is cut": (r"\.metadata has \d+ bytes", lambda folder: cut(folder / ".metadata")),
+    "the common part is cut": (r"common\.pt has \d+ bytes", lambda folder: cut(folder / "common.pt")),
+    "the description is cut": (r"checkpoint\.json is not readable", lambda folder: cut(folder / "checkpoint.json")),
 }
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle of a tensor."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def cut(path: Path) -> None:
@@ -499,9 +512,10 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint(ranks: RankPool, trained: Path, tmp_path: Path, damage: str) -> None:
     folder = copied(trained, tmp_path)
-    DAMAGES[damage](folder)
-    message = refused(ranks, folder, "ValueError")
+    DAMAGES[damage][1](folder)
+    message = refused(ranks, folder, "DamagedCheckpoint")
     assert "damaged" in message and "Load an earlier checkpoint" in message
+    assert re.search(DAMAGES[damage][0], message), message
 
 
 @pytest.mark.parametrize(

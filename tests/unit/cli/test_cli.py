@@ -26,8 +26,9 @@ def launched(monkeypatch, tmp_path):
     (tmp_path / "run.yaml").write_text("name: trial\noutput_dir: out\nparallel: {device: cpu, data_parallel_size: 2}\n")
     calls = []
 
-    def fake_launch(command, world_size, *, log_dir, stop_signal):
+    def fake_launch(command, world_size, *, log_dir, stop_signal, pass_fds):
         assert stop_signal == signal.SIGUSR1
+        assert len(pass_fds) == 1  # the lock of the run folder
         calls.append((command, world_size, log_dir))
         return fake_launch.result
 
@@ -51,11 +52,32 @@ def test_train_hands_the_resolved_configuration_to_the_ranks(launched, tmp_path,
     assert (record["exit_code"], record["ranks"], record["peak_memory_bytes"]) == (0, 2, 1_900_000_000)
 
 
-def test_a_second_run_into_the_same_folder_is_refused(launched, capsys):
+def test_another_run_into_the_same_folder_is_refused(launched, tmp_path, capsys):
     assert cli.main(["train", "run.yaml", "telemetry.report=none"]) == 0
-    assert cli.main(["train", "run.yaml"]) == 2
+    (tmp_path / "out/metrics.jsonl").write_text("{}\n")
+    assert cli.main(["train", "run.yaml", "train.lr=3e-5", "model.hidden_size=32", "train.steps=7"]) == 2
+    error = capsys.readouterr().err
+    assert "model.hidden_size=32, the run has 64; train.lr=3.0e-05, the run has 0.0001. Nothing was written" in error
+    assert "train.steps" not in error
+    assert cli.main(["train", "run.yaml", "checkpoint.resume=false"]) == 2
     assert "holds another run" in capsys.readouterr().err
     assert len(launched.calls) == 1
+
+
+def test_the_same_run_goes_on_until_its_steps_are_done(launched, tmp_path, capsys):
+    start = ["train", "run.yaml", "telemetry.report=none"]
+    assert cli.main(start) == 0
+    final = tmp_path / "out/checkpoints/final"
+    final.mkdir(parents=True)
+    (final / "checkpoint.json").write_text(json.dumps({"step": 100, "state": {}}))
+    assert cli.main([*start, "train.steps=200", "parallel.data_parallel_size=1"]) == 0
+    assert [world_size for _, world_size, _ in launched.calls] == [2, 1]
+    capsys.readouterr()
+    assert cli.main([*start, "train.steps=100"]) == 0
+    assert "trial: all 100 steps are done, the result is out/checkpoints/final. Nothing was started." in (
+        capsys.readouterr().out
+    )
+    assert len(launched.calls) == 2
 
 
 def test_a_failed_start_can_be_repeated_at_once(launched, tmp_path, capsys):
@@ -78,7 +100,8 @@ def test_ctrl_c_tells_the_folder_and_the_last_whole_checkpoint(launched, tmp_pat
     (checkpoint / "checkpoint.json").write_text("{}")
     monkey = cli.run_folder.claim
     try:
-        cli.run_folder.claim = lambda path, *_: tmp_path / "elsewhere"
+        claim = cli.run_folder.Claim(tmp_path / "elsewhere", False, os.open(os.devnull, os.O_RDONLY))
+        cli.run_folder.claim = lambda path, *_: claim
         cli.main(["train", "run.yaml", "output_dir=elsewhere"])
     finally:
         cli.run_folder.claim = monkey

@@ -13,17 +13,29 @@ import pytest
 from r1_megatron.telemetry import run_folder
 
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.3)
+
+
+def claim(*args, **options):
+    """Claim a folder by a job that ends at once."""
+    claimed = run_folder.claim(*args, **options)
+    os.close(claimed.lock)
+    return claimed.folder
+
+
 def test_claim_writes_the_configuration_and_the_environment(tmp_path):
-    folder = run_folder.claim(tmp_path / "a" / "b", "name: x\n", {"python": "3"})
+    folder = claim(tmp_path / "a" / "b", "name: x\n", {"python": "3"})
     assert (folder / "config.yaml").read_text() == "name: x\n"
     assert (folder / "environment.json").read_text() == '{\n  "python": "3"\n}\n'
 
 
 def test_another_run_is_refused_with_what_was_found_and_the_remedies(tmp_path):
-    folder = run_folder.claim(tmp_path / "run", "first", {})
+    folder = claim(tmp_path / "run", "first", {})
     (folder / "metrics.jsonl").write_text("{}\n{}\n")
     with pytest.raises(ValueError, match=r"holds another run \(2 lines in metrics.*output_dir=.*rm -r") as error:
-        run_folder.claim(folder, "second", {})
+        claim(folder, "second", {})
     assert str(folder) in str(error.value)
     assert (folder / "config.yaml").read_text() == "first"
 
@@ -31,9 +43,9 @@ def test_another_run_is_refused_with_what_was_found_and_the_remedies(tmp_path):
 def test_foreign_files_and_plain_files_are_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"is not empty \(thesis.tex\)"):
-        run_folder.claim(tmp_path, "", {})
+        claim(tmp_path, "", {})
     with pytest.raises(ValueError, match="is a file"):
-        run_folder.claim(tmp_path / "thesis.tex", "", {})
+        claim(tmp_path / "thesis.tex", "", {})
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
@@ -53,31 +65,72 @@ def test_of_many_claims_at_once_one_wins(tmp_path):
 
 def test_a_start_that_failed_before_any_result_is_set_aside(tmp_path):
     for attempt in (1, 2):
-        folder = run_folder.claim(tmp_path / "run", f"attempt {attempt}", {})
+        folder = claim(tmp_path / "run", f"attempt {attempt}", {})
         (folder / "logs" / "rank_0.log").write_text(f"error {attempt}")
         (folder / "metrics.jsonl").touch()
         run_folder.write_json(folder / "launch.json", {"exit_code": 1})
-    run_folder.claim(folder, "attempt 3", {})
+    claim(folder, "attempt 3", {})
     assert (folder / "config.yaml").read_text() == "attempt 3"
     for attempt in (1, 2):
         assert (folder / f"failed_starts/{attempt}/logs/rank_0.log").read_text() == f"error {attempt}"
 
 
+def test_the_same_run_goes_on_and_keeps_what_its_last_start_left(tmp_path):
+    folder = claim(tmp_path / "run", "steps: 5", {"start": 1}, changed=lambda begun: [])
+    (folder / "logs" / "rank_0.log").write_text("first")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    run_folder.write_json(folder / "launch.json", {"exit_code": 137})
+    claimed = run_folder.claim(folder, "steps: 9", {"start": 2}, changed=lambda begun: [])
+    assert claimed.resumed and (folder / "config.yaml").read_text() == "steps: 9"
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n' and not (
+        folder / "launch.json"
+    ).exists()
+    kept = folder / "starts" / "1"
+    assert (kept / "config.yaml").read_text() == "steps: 5" and '"start": 1' in (kept / "environment.json").read_text()
+    assert (kept / "logs" / "rank_0.log").read_text() == "first" and (kept / "launch.json").is_file()
+    with pytest.raises(ValueError, match=r"a job is at work in .*run \(it holds .lock\)"):
+        run_folder.claim(folder, "steps: 9", {}, changed=lambda begun: [])
+    os.close(claimed.lock)
+    run_folder.cut_back(folder, {"metrics.jsonl": len('{"step": 1}\n')})
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert (kept / "metrics.jsonl").read_text() == '{"step": 2}\n'
+
+
+def test_a_run_with_another_configuration_is_refused_with_the_fields(tmp_path):
+    folder = claim(tmp_path / "run", "lr: 1", {})
+    (folder / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"another configuration: train.lr=2, the run has lr: 1\. Nothing was written"):
+        claim(folder, "lr: 2", {}, changed=lambda begun: [f"train.lr=2, the run has {begun}"])
+    assert (folder / "config.yaml").read_text() == "lr: 1" and not (folder / "starts").exists()
+
+
+def test_the_lock_lasts_as_long_as_any_process_that_holds_it(tmp_path):
+    """The ranks inherit it: a launcher that is killed does not free the folder while its ranks still write."""
+    claimed = run_folder.claim(tmp_path / "run", "", {})
+    rank = subprocess.Popen(["sleep", "30"], pass_fds=(claimed.lock,))
+    os.close(claimed.lock)
+    with pytest.raises(ValueError, match="a job is at work"):
+        run_folder.claim(tmp_path / "run", "", {}, changed=lambda begun: [])
+    rank.kill()
+    rank.wait()
+    os.close(run_folder.claim(tmp_path / "run", "", {}, changed=lambda begun: []).lock)
+
+
 @pytest.mark.parametrize("result", ["metrics.jsonl", "samples.jsonl", "checkpoints/step_1/x"])
 def test_a_failed_run_with_any_result_is_refused(tmp_path, result):
-    folder = run_folder.claim(tmp_path / "run", "", {})
+    folder = claim(tmp_path / "run", "", {})
     (folder / result).parent.mkdir(parents=True, exist_ok=True)
     (folder / result).write_text("precious\n")
     run_folder.write_json(folder / "launch.json", {"exit_code": 1})
     with pytest.raises(ValueError, match="holds another run"):
-        run_folder.claim(folder, "", {})
+        claim(folder, "", {})
     assert (folder / result).read_text() == "precious\n"
 
 
 def test_a_run_that_is_still_starting_is_refused(tmp_path):
-    folder = run_folder.claim(tmp_path / "run", "", {})  # no launch.json: it has not ended
+    folder = claim(tmp_path / "run", "", {})  # no launch.json: it has not ended
     with pytest.raises(ValueError, match="holds another run"):
-        run_folder.claim(folder, "", {})
+        claim(folder, "", {})
 
 
 def test_write_atomic_keeps_the_old_content_until_the_new_is_whole(tmp_path):

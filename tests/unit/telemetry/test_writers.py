@@ -82,7 +82,7 @@ def test_metrics_of_another_run_are_not_continued(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match="another run"):
         RunLog(tmp_path, total_steps=1)
-    with RunLog(tmp_path, total_steps=3, first_step=2, tensorboard=False, stream=io.StringIO()) as log:
+    with RunLog(tmp_path, total_steps=3, first_step=2, resumed=True, tensorboard=False, stream=io.StringIO()) as log:
         log.write(2, {})
     assert [_strict(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 

@@ -1,0 +1,95 @@
+"""What a checkpoint holds of this rank's memory, and the names under which it lies in a distributed checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+
+from r1_megatron.checkpoint.optimizer_state import sharded_optimizer_state
+from r1_megatron.checkpoint.random_states import random_states, sharded_random_states
+from r1_megatron.model.parameters import plain_name
+from r1_megatron.parallel.groups import ProcessGroups
+
+
+@dataclass(frozen=True)
+class Contents:
+    """This rank's part of a checkpoint. Weights alone make one that other stages start from; with the rest a run goes
+    on from it.
+
+    Attributes:
+        chunks: the bare model chunks; weights and selection biases.
+        optimizer: Adam's moments and float32 weights.
+        reference: the reference policy's tensors by chunk and name.
+        random: the random generators' states.
+    """
+
+    chunks: Sequence[torch.nn.Module]
+    groups: ProcessGroups
+    optimizer: MegatronOptimizer | None = None
+    reference: Sequence[dict[str, torch.Tensor]] | None = None
+    random: bool = False
+
+    def sharded_state(self) -> dict[str, Any]:
+        """The state dict that megatron-core's `dist_checkpointing` writes, or reads into in place."""
+        state = {f"chunk{i}": _model_state(chunk, self.groups) for i, chunk in enumerate(self.chunks)}
+        model = dict(state)
+        if self.reference is not None:
+            for i, kept in enumerate(self.reference):
+                state[f"reference{i}"] = _with_tensors(self.chunks[i], model[f"chunk{i}"], kept)
+        if self.optimizer is not None:
+            state["optimizer"] = {
+                name: dict(enumerate(pieces)) for name, pieces in sharded_optimizer_state(self.optimizer, model).items()
+            }
+        if self.random:
+            state["random"] = sharded_random_states(random_states())
+        return state
+
+
+def reference_tensors(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What makes up a policy: parameters and selection biases, by their local names."""
+    yield from chunk.named_parameters()
+    for name, buffer in chunk.named_buffers():
+        if name.endswith("expert_bias"):
+            yield name, buffer
+
+
+def _model_state(chunk: torch.nn.Module, groups: ProcessGroups) -> dict[str, Any]:
+    metadata = {
+        "dp_cp_group": groups.collection.dp_cp,
+        "singleton_local_shards": False,
+        "non_homogeneous_layers": True,
+    }
+    state = chunk.sharded_state_dict(metadata=metadata)
+    return {name: _under_plain_name(leaf) for name, leaf in state.items() if not _is_empty(leaf)}
+
+
+def _is_empty(leaf: Any) -> bool:
+    """Only Transformer Engine's modules have an extra state; megatron-core writes None for every other one.
+
+    Left out, a checkpoint does not tell which module held a weight: stacked experts and single ones are exchanged.
+    """
+    return isinstance(leaf, ShardedObject) and leaf.data is None
+
+
+def _under_plain_name(leaf: ShardedBase) -> ShardedBase:
+    """Transformer Engine's fused norms lie under the names of separate ones: either kind of layer reads the other's."""
+    if isinstance(leaf, ShardedObject):
+        return leaf
+    return replace(leaf, key=plain_name(leaf.key))
+
+
+def _with_tensors(
+    chunk: torch.nn.Module, state: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> dict[str, ShardedBase]:
+    """The same shards over other tensors of the same shapes, under ``reference.<key>``."""
+    names = {id(tensor): name for name, tensor in reference_tensors(chunk)}
+    return {
+        name: replace(leaf, key=f"reference.{leaf.key}", data=tensors[names[id(leaf.data)]])
+        for name, leaf in state.items()
+        if not isinstance(leaf, ShardedObject)
+    }

@@ -1,0 +1,63 @@
+"""Checksums of a checkpoint's files: written when it is made, compared when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 1 << 22
+
+
+def hash_file(path: str | Path) -> dict[str, Any]:
+    """``{"bytes": size, "sha256": hexadecimal digest}``, as ``checkpoint.json`` lists a file."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def files_in(folder: str | Path) -> Iterator[str]:
+    """All files of a folder and the folders in it, by their relative POSIX path, sorted."""
+    folder = Path(folder)
+    yield from sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def file_problems(
+    folder: str | Path,
+    files: Mapping[str, Mapping[str, Any]],
+    names: Iterable[str] | None = None,
+    contents: bool = True,
+) -> list[str]:
+    """What is wrong with the files of a checkpoint, one sentence each; empty: nothing.
+
+    Args:
+        files: ``checkpoint.json``'s list.
+        names: the files to look at, by default all of the list.
+        contents: without it only presence and size are looked at, which takes no time.
+    """
+    problems = []
+    for name in files if names is None else names:
+        path, listed = Path(folder) / name, files[name]
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != listed["bytes"]:
+            problems.append(f"{name} has {size} bytes, written were {listed['bytes']}")
+        elif contents and (found := hash_file(path)["sha256"]) != listed["sha256"]:
+            problems.append(
+                f"{name} was changed or is damaged (sha256 {found[:16]}..., written {listed['sha256'][:16]}...)"
+            )
+    return problems
+
+
+def flush(path: str | Path) -> None:
+    """Bring a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

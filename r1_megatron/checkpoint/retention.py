@@ -1,0 +1,145 @@
+"""The checkpoints of a run: which are whole, which is the newest, and which are kept.
+
+``checkpoints/`` holds ``step_000040`` and so on, ``final``, ``at_failure`` where a run broke off, the link ``best``.
+Only names and ``checkpoint.json`` are read here; nothing of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1_megatron.config.schema import CheckpointConfig
+from r1_megatron.telemetry.run_folder import CHECKPOINT, PARTIAL
+
+BEST = "best"
+FINAL = "final"
+AT_FAILURE = "at_failure"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A whole checkpoint of a run: its folder and what its ``checkpoint.json`` says."""
+
+    path: Path
+    description: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.description.get("step", 0))
+
+    @property
+    def can_resume(self) -> bool:
+        """It was written between two steps, with everything that a run goes on from."""
+        return "state" in self.description
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def free_name(folder: str | Path, name: str) -> str:
+    """``name``, or ``name_2``, ``name_3``, ... where it is taken."""
+    number, free = 1, name
+    while (Path(folder) / free).exists():
+        number += 1
+        free = f"{name}_{number}"
+    return free
+
+
+def saved_checkpoints(folder: str | Path) -> list[Saved]:
+    """The whole checkpoints in a run's ``checkpoints`` folder, oldest step first. One whose description cannot be read
+    is listed with an empty one, so that nobody takes it for absent."""
+    found = []
+    for path in Path(folder).glob(f"*/{CHECKPOINT}"):
+        if path.parent.suffix == PARTIAL or path.parent.is_symlink():
+            continue
+        try:
+            description = json.loads(path.read_text())
+        except ValueError:
+            description = {}
+        found.append(Saved(path.parent, description if isinstance(description, dict) else {}))
+    return sorted(found, key=lambda saved: (saved.step, saved.path.name))
+
+
+def newest_to_resume(folder: str | Path) -> Saved | None:
+    """The checkpoint that a run goes on from by itself."""
+    return max((saved for saved in saved_checkpoints(folder) if saved.can_resume), key=_age, default=None)
+
+
+def before(folder: str | Path, saved: Saved) -> Saved | None:
+    """The newest one to resume from that is older than ``saved``."""
+    older = (other for other in saved_checkpoints(folder) if other.can_resume and _age(other) < _age(saved))
+    return max(older, key=_age, default=None)
+
+
+def _age(saved: Saved) -> tuple[int, int]:
+    return saved.step, len(saved.description.get("rollouts_in_flight", ()))
+
+
+def prepare(folder: str | Path) -> list[str]:
+    """Before a run starts or goes on: remove what was never finished; answers the names of it."""
+    removed = []
+    for path in sorted(Path(folder).glob(f"*{PARTIAL}")):
+        shutil.rmtree(path)
+        removed.append(path.name)
+    return removed
+
+
+def make_room(folder: str | Path, start: Saved) -> Saved:
+    """Give way to the checkpoints that a run going on from ``start`` will write; answers where ``start`` is now.
+
+    A ``final`` gets the name of its step. Those of later steps, which were damaged, are put aside under another name.
+    """
+    folder = Path(folder)
+    for saved in saved_checkpoints(folder):
+        if saved.can_resume and _age(saved) > _age(start):
+            saved.path.rename(folder / free_name(folder, f"damaged_{saved.path.name}"))
+    if start.path.name != FINAL:
+        return start
+    target = folder / step_name(start.step)
+    start.path.rename(target)
+    return Saved(target, start.description)
+
+
+def score(description: dict[str, Any], cfg: CheckpointConfig) -> float | None:
+    """What `checkpoint.keep_best` compares, greater is better; ``None`` without an evaluation at that step."""
+    value = description.get("evaluation", {}).get(cfg.best_metric)
+    return None if value is None else value if cfg.best_mode == "max" else -value
+
+
+def apply_retention(folder: str | Path, cfg: CheckpointConfig) -> list[str]:
+    """Remove the step checkpoints that are neither among the last nor the best, and point ``best`` at the best one.
+
+    Answers the names removed. ``final`` and ``at_failure`` always stay.
+    """
+    folder = Path(folder)
+    saved = saved_checkpoints(folder)
+    ranked = [one for one in saved if score(one.description, cfg) is not None and one.path.name != AT_FAILURE]
+    ranked.sort(key=lambda one: (-(score(one.description, cfg) or 0.0), one.step))
+    if ranked:
+        _link(folder / BEST, ranked[0].path.name)
+    if cfg.keep_last is None:
+        return []
+    steps = [one for one in saved if one.path.name.startswith("step_")]
+    kept = {one.path for one in steps[-cfg.keep_last :]} | {one.path for one in ranked[: cfg.keep_best]}
+    removed = [one.path for one in steps if one.path not in kept]
+    for path in removed:
+        # Renamed first: a run that is killed meanwhile leaves no folder that looks whole.
+        doomed = path.with_name(path.name + PARTIAL)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    return [path.name for path in removed]
+
+
+def _link(link: Path, target: str) -> None:
+    if link.is_symlink() and os.readlink(link) == target:
+        return
+    fresh = link.with_name(link.name + ".new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    os.replace(fresh, link)

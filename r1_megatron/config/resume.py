@@ -1,0 +1,73 @@
+"""Whether a configuration may go on with a run that another one began."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from r1_megatron.config.load import load_config
+from r1_megatron.config.schema import RunConfig
+
+# What decides how fast, where and how long a run goes and what is kept of it, but not what it computes. (A layout
+# changes the order of sums: the curve stays the same within rounding.)
+_FREE_SECTIONS = ("parallel", "checkpoint", "telemetry")
+_FREE = (
+    "name",
+    "output_dir",
+    "evaluate.interval",
+    "reward.timeout_s",
+    "reward.on_error",
+    "rl.probs_diff_limit",
+    "rl.on_probs_diff",
+    "rollout.max_sequences",
+    "rollout.pipeline_groups",
+    "train.steps",
+    "train.use_distributed_optimizer",
+    "train.overlap_grad_reduce",
+    "train.overlap_param_gather",
+    "train.moe_experts",
+    "train.micro_batch_tokens",
+    "train.recompute_granularity",
+    "train.recompute_method",
+    "train.recompute_num_layers",
+    "train.recompute_modules",
+    "train.on_nonfinite",
+)
+
+
+def changed_course(begun: str, cfg: RunConfig) -> list[str]:
+    """The fields in which ``cfg`` differs from the configuration that a run began with (its ``config.yaml``'s text) and
+    that change what the run computes; ``field=value, the run has value`` each. Empty: the run may go on.
+
+    Raises:
+        ConfigError: the text is no configuration of this version.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(begun)
+        file.flush()
+        before = load_config(Path(file.name))
+    return [
+        f"{name}={_show(new)}, the run has {_show(old)}"
+        for name, old, new in _differences(before, cfg)
+        if name not in _FREE and name.split(".")[0] not in _FREE_SECTIONS
+    ]
+
+
+def _differences(before: Any, after: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for field in fields(after):
+        old, new, name = getattr(before, field.name), getattr(after, field.name), prefix + field.name
+        if is_dataclass(new):
+            found += _differences(old, new, f"{name}.")
+        elif old != new:
+            found.append((name, old, new))
+    return found
+
+
+def _show(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000) if not isinstance(value, tuple) else str(value)
+    return text.removesuffix("...\n").strip()

@@ -1,0 +1,83 @@
+"""Going on with a run: from which checkpoint, and everything in it back in its place."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from r1_megatron.checkpoint import retention
+from r1_megatron.checkpoint.contents import Contents
+from r1_megatron.checkpoint.store import DamagedCheckpoint, load_checkpoint, verify_together
+from r1_megatron.config.schema import ParallelConfig, RunConfig
+from r1_megatron.telemetry import run_folder
+from r1_megatron.train.policy import Policy
+
+
+def can_resume(cfg: RunConfig) -> bool:
+    """Whether a run of this kind goes on with what is in its folder; the launcher has made sure that it is its own."""
+    return cfg.checkpoint.resume and cfg.stage != "evaluate"
+
+
+def find_start(cfg: RunConfig) -> retention.Saved | None:
+    """The checkpoint of the run folder that the run goes on from; ``None``: it starts from the beginning. Collective.
+
+    What was never finished is removed, and the logs are cut back to where they were at that checkpoint.
+
+    Raises:
+        DamagedCheckpoint: files of the newest checkpoint are not those that were written. The message names them and
+            the checkpoint before it, which ``checkpoint.on_damaged=previous`` takes by itself.
+    """
+    if not can_resume(cfg):
+        return None
+    folder = Path(cfg.output_dir) / run_folder.CHECKPOINTS
+    is_first = dist.get_rank() == 0
+    if is_first:
+        for name in retention.prepare(folder):
+            print(f"{folder / name} was never finished; it is removed", flush=True)
+    saved = _from_first_rank(retention.newest_to_resume(folder) if is_first else None)
+    while saved is not None and cfg.checkpoint.verify and (problems := verify_together(saved.path, saved.description)):
+        older = _from_first_rank(retention.before(folder, saved) if is_first else None)
+        said = f"the newest checkpoint {saved.path} is damaged or incomplete: {problems}. "
+        if cfg.checkpoint.on_damaged == "stop":
+            remedy = f"The one before it is {older.path}" if older else "There is none before it"
+            raise DamagedCheckpoint(
+                f"{said}{remedy}: set checkpoint.on_damaged=previous to go on from "
+                f"{'it' if older else 'the beginning'}, or bring the files back."
+            )
+        if is_first:
+            print(f"{said}Going on from {older.path if older else 'the beginning'} instead.", flush=True)
+        saved = older
+    if is_first:
+        saved = None if saved is None else retention.make_room(folder, saved)
+        run_folder.cut_back(cfg.output_dir, {} if saved is None else saved.description["state"]["log"])
+    return _from_first_rank(saved)
+
+
+def restore(cfg: RunConfig, saved: retention.Saved, policy: Policy) -> None:
+    """Weights, optimizer, schedule, reference policy and random states as they were. Collective."""
+    state = saved.description["state"]
+    if state["has_reference"]:
+        policy.refresh_reference()
+    same_ranks = _layout(saved.description["layout"]) == _layout(asdict(cfg.parallel))
+    contents = Contents(policy.chunks, policy.groups, policy.optimizer, policy.reference, random=same_ranks)
+    with policy.gathered():
+        load_checkpoint(saved.path, contents, cfg.model, field="output_dir", verify=False)
+    policy.version = saved.description["policy_version"]
+    assert policy.scheduler is not None
+    policy.scheduler.num_steps = state["scheduler_steps"]
+    policy.scheduler.step(increment=0)
+
+
+def _layout(parallel: dict[str, Any]) -> dict[str, Any]:
+    """What decides which rank holds what."""
+    names = set(asdict(ParallelConfig())) - {"device", "timeout_s"}
+    return {name: parallel[name] for name in names if name in parallel}
+
+
+def _from_first_rank(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
