@@ -13,13 +13,17 @@ hands hidden states to the next one around the ring of pipeline ranks; the last 
 Every stage plans from the same requests and tokens, so shapes are never sent. Data-parallel ranks generate for
 themselves, except that ranks which exchange tokens between experts have to run the same number of forwards: they agree
 every few steps whether a lane has work anywhere, and a lane without sequences feeds padding.
+
+Where a run may be asked to end, rounds come in segments, and after each of them all ranks of the job agree on whether
+to go on. A segment ends between two rounds: every stage has been through the same steps of every lane, and drawn tokens
+are all that is under way. Pausing therefore changes no forward.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,15 +37,15 @@ from r1_megatron.data.tokenizers import Tokenizer
 from r1_megatron.model.latent_attention import StepContext, gather_rows, pack_prompts
 from r1_megatron.model.routing import chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups
+from r1_megatron.rollout.answers import Answers
 from r1_megatron.rollout.cache import LatentCache
+from r1_megatron.rollout.in_flight import InFlight, RolloutStopped
 from r1_megatron.rollout.pipeline import Pipeline
-from r1_megatron.rollout.sampler import check_sampling, group_gather, position_keys, request_key, sample_tokens
-from r1_megatron.rollout.scheduler import Lane, Request, StepPlan, split_lanes
-from r1_megatron.rollout.stopping import StopStrings
+from r1_megatron.rollout.requests import Call, check_call, make_requests
+from r1_megatron.rollout.sampler import group_gather, position_keys, sample_tokens
+from r1_megatron.rollout.scheduler import SAMPLES_PER_PROMPT_LIMIT, Lane, StepPlan, split_lanes
 from r1_megatron.types import Prompt, Rollout
 
-# Request id of sample j of a prompt: index * SAMPLES_PER_PROMPT_LIMIT + j.
-SAMPLES_PER_PROMPT_LIMIT = 1 << 20
 # Coupled ranks ask each other every so many steps whether a lane still has work.
 AGREE_EVERY = 4
 
@@ -85,6 +89,7 @@ class Engine:
         num_slots: sequences in flight on this data-parallel rank, shared out over ``num_lanes``.
         max_len: longest sequence, prompt included.
         record_routing: fill :attr:`Rollout.routed_experts`.
+        segment_rounds: rounds between two questions whether to stop.
 
     ``metrics`` describes the last call: tokens drawn and fed, forwards, seconds by activity, bytes of the cache.
     """
@@ -100,16 +105,22 @@ class Engine:
         num_lanes: int,
         max_len: int,
         record_routing: bool = False,
+        segment_rounds: int = 64,
     ):
         self.chunks, self.groups, self.tokenizer = list(chunks), groups, tokenizer
         self.vocab_size, self.num_slots, self.num_lanes, self.max_len = vocab_size, num_slots, num_lanes, max_len
-        self.record_routing = record_routing
+        self.record_routing, self.segment_rounds = record_routing, segment_rounds
         self.config = self.chunks[0].config
         self.metrics: dict[str, float] = {}
         self._layers = [layer for chunk in self.chunks for layer in chunk.decoder.layers]
         self._routers = [chunk_routers(chunk) for chunk in self.chunks]
         self._cache: LatentCache | None = None
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Global numbers (from 0) of this rank's mixture-of-experts layers, in `Rollout.routed_experts`'s order."""
+        return [layer.layer_number - 1 for layer in self._layers if hasattr(layer.mlp, "router")]
 
     def generate(
         self,
@@ -119,6 +130,8 @@ class Engine:
         *,
         seed: int,
         policy_version: int = 0,
+        stop: Callable[[], bool] | None = None,
+        in_flight: Sequence[InFlight] = (),
     ) -> list[list[Rollout]]:
         """Samples of each prompt, in order.
 
@@ -126,67 +139,33 @@ class Engine:
             prompts: this data-parallel rank's, the same on all of its tensor- and pipeline-parallel ranks; may be
                 empty, also where the other data-parallel ranks' are not.
             seed: with :attr:`Prompt.index` and the sample's number it decides the sample, whatever the layout.
+            stop: whether this rank was asked to end. All ranks of the job give it or none does; as soon as one of them
+                answers true, all stop, within ``segment_rounds`` rounds.
+            in_flight: what :class:`RolloutStopped` brought from a stopped call with the same arguments and weights, of
+                these prompts; the layout may be another one. Finished samples are answered as they are, unfinished ones
+                go on: the same tokens follow, log-probabilities so far are kept.
 
         Raises:
-            ValueError: a prompt or an option is out of range; raised before anything runs.
+            ValueError: a prompt, an option or a sequence in flight is out of place; raised before anything runs.
             FloatingPointError: the model's logits are not finite.
+            RolloutStopped: it stopped with work left; it carries the sequences. The cache is given back.
         """
-        self._check(prompts, samples_per_prompt, sampling)
-        requests = [
-            Request(
-                request=request,
-                key=request_key(seed, request),
-                prompt_number=number,
-                sample=sample,
-                prompt=np.asarray(prompt.tokens, dtype=np.int64),
-                max_new_tokens=sampling.max_new_tokens,
-            )
-            for number, prompt in enumerate(prompts)
-            for sample in range(samples_per_prompt)
-            for request in [prompt.index * SAMPLES_PER_PROMPT_LIMIT + sample]
-        ]
+        routing_shape = (self.moe_layers, self.config.moe_router_topk) if self.record_routing else None
+        call = Call(prompts, samples_per_prompt, sampling, seed, policy_version, in_flight, routing_shape)
+        check_call(call, vocab_size=self.vocab_size, max_len=self.max_len)
         stop_tokens = {self.tokenizer.eos_id, *sampling.stop_token_ids}
-        lanes = split_lanes(requests, self.num_lanes, self.num_slots, self.max_len, sorted(stop_tokens))
-        answers: list[list[Any]] = [[None] * samples_per_prompt for _ in prompts]
+        lanes = split_lanes(make_requests(call), self.num_lanes, self.num_slots, self.max_len, sorted(stop_tokens))
+        answers = Answers(call, self.tokenizer, stop_tokens)
         with self._generating():
-            run = _Generation(self, lanes, answers, sampling, policy_version, stop_tokens)
-            run.run()
+            run = _Generation(self, lanes, answers, sampling)
+            run.run(stop)
         self.metrics = run.clock.metrics(self._cache.num_bytes if self._cache else 0)
-        return answers
+        return answers.rollouts
 
     def release(self) -> None:
         """Give the cache's memory back; the next :meth:`generate` allocates it again."""
         self._cache = None
         self._rotary = None
-
-    def _check(self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingConfig) -> None:
-        check_sampling(sampling)
-        if not 1 <= samples_per_prompt <= SAMPLES_PER_PROMPT_LIMIT:
-            raise ValueError(f"samples_per_prompt={samples_per_prompt} must be in [1, {SAMPLES_PER_PROMPT_LIMIT}].")
-        outside = [token for token in sampling.stop_token_ids if not 0 <= token < self.vocab_size]
-        if outside:
-            raise ValueError(f"sampling.stop_token_ids: {outside} are outside the vocabulary [0, {self.vocab_size}).")
-        seen: set[int] = set()
-        problems = []
-        for prompt in prompts:
-            length = len(prompt.tokens)
-            wrong = [token for token in prompt.tokens if not 0 <= token < self.vocab_size]
-            if wrong:
-                problems.append(f"prompt {prompt.index}: token ids {wrong[:5]} are outside [0, {self.vocab_size})")
-            if length == 0:
-                problems.append(f"prompt {prompt.index} is empty")
-            if length + sampling.max_new_tokens > self.max_len:
-                problems.append(
-                    f"prompt {prompt.index}: {length} tokens + sampling.max_new_tokens({sampling.max_new_tokens}) = "
-                    f"{length + sampling.max_new_tokens}, but the cache holds {self.max_len} tokens a sequence "
-                    "(data.max_prompt_tokens + sampling.max_new_tokens of the run)"
-                )
-            if prompt.index in seen or not 0 <= prompt.index < 1 << 43:
-                problems.append(f"prompt {prompt.index}: the index must be in [0, 2**43) and stand once in a call")
-            seen.add(prompt.index)
-        if problems:
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise ValueError("cannot generate: " + "; ".join(problems[:8]) + more)
 
     @contextlib.contextmanager
     def _generating(self) -> Iterator[None]:
@@ -283,33 +262,59 @@ class _Flight:
 class _Generation:
     """One call of :meth:`Engine.generate`."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        lanes: Sequence[Lane],
-        answers: list[list[Any]],
-        sampling: SamplingConfig,
-        policy_version: int,
-        stop_tokens: set[int],
-    ):
+    def __init__(self, engine: Engine, lanes: Sequence[Lane], answers: Answers, sampling: SamplingConfig):
         assert engine._cache is not None and engine._rotary is not None
-        self.engine, self.answers, self.sampling, self.policy_version = engine, answers, sampling, policy_version
+        self.engine, self.answers, self.sampling = engine, answers, sampling
         self.groups, self.config, self.device = engine.groups, engine.config, engine.groups.device
         self.cache, (self.cos, self.sin) = engine._cache, engine._rotary
         self.flights = [_Flight(lane) for lane in lanes]
         self.pipeline = Pipeline(self.groups, len(engine.chunks))
         self.clock = _Clock()
-        self.stop_tokens = stop_tokens
-        self.stop_strings = StopStrings(engine.tokenizer, sampling.stop) if sampling.stop else None
         self.tp = self.groups.topology.tp
         self.num_shards = self.tp if self.config.sequence_parallel else 1
         expert_peers = set(dist.get_process_group_ranks(self.groups.expert_tp_ep))
         self.coupled = not expert_peers <= set(dist.get_process_group_ranks(self.groups.tp))
         self.first_router = np.cumsum([0, *map(len, engine._routers)]).tolist()
 
-    def run(self) -> None:
+    def run(self, stop: Callable[[], bool] | None) -> None:
+        """Rounds until every lane is empty; with ``stop``, in segments until that holds on all ranks of the job.
+
+        Raises:
+            RolloutStopped: on all ranks, between two segments, if any rank was asked to stop and any has work left.
+        """
+        if stop is None:
+            self._run_rounds()
+        else:
+            work_left = True
+            while work_left:
+                self._run_rounds(self.engine.segment_rounds)
+                work_left, stopping = self._meet(stop)
+                if work_left and stopping:
+                    raise RolloutStopped(self._all_in_flight())
+        self.pipeline.flush()
+        self.clock.charge("wait")
+
+    def _meet(self, stop: Callable[[], bool]) -> tuple[bool, bool]:
+        """Whether any rank of the job has work left, and whether any was asked to stop."""
+        working = not all(flight.over for flight in self.flights)
+        anywhere = torch.tensor([int(working), int(stop())], device=self.device)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        work_left, stopping = anywhere.tolist()
+        self.clock.charge("wait")
+        return bool(work_left), bool(stopping)
+
+    def _all_in_flight(self) -> list[InFlight]:
+        for flight in self.flights:
+            self._take_arriving(flight)
+        self.pipeline.flush()
+        return self.answers.in_flight([flight.lane for flight in self.flights], self._routing)
+
+    def _run_rounds(self, limit: int | None = None) -> None:
+        """At most ``limit`` rounds, fewer if every lane is over before."""
         last_chunk = len(self.engine.chunks) - 1
-        while not all(flight.over for flight in self.flights):
+        num_rounds = 0
+        while num_rounds != limit and not all(flight.over for flight in self.flights):
+            num_rounds += 1
             for number in range(last_chunk + 1):
                 for flight in self.flights:
                     if number == 0 and not flight.over:
@@ -320,18 +325,10 @@ class _Generation:
                 if not flight.over and self.pipeline.rank < self.pipeline.size - 1 and flight.plan.num_sampled:
                     drawn = torch.empty(flight.plan.num_sampled, 2, dtype=torch.float64, device=self.device)
                     flight.arriving = (self.pipeline.expect_tokens(drawn), drawn)
-        self.pipeline.flush()
-        self.clock.charge("wait")
 
     def _begin(self, flight: _Flight) -> None:
         """Take the tokens of the last step, agree on whether there is another, and plan it."""
-        if flight.arriving is not None:
-            work, drawn = flight.arriving
-            flight.arriving = None
-            work.wait()
-            drawn = drawn.cpu()
-            self.clock.charge("wait")
-            self._take(flight, drawn)
+        self._take_arriving(flight)
         has_work = flight.lane.has_work
         if self.coupled and flight.num_steps % AGREE_EVERY == 0:
             anywhere = torch.tensor([int(has_work)], device=self.device)
@@ -430,6 +427,17 @@ class _Generation:
         self.clock.charge("sample")
         return drawn
 
+    def _take_arriving(self, flight: _Flight) -> None:
+        """Take the tokens that the last stage drew for this lane, if any are under way."""
+        if flight.arriving is None:
+            return
+        work, drawn = flight.arriving
+        flight.arriving = None
+        work.wait()
+        drawn = drawn.cpu()
+        self.clock.charge("wait")
+        self._take(flight, drawn)
+
     def _take(self, flight: _Flight, drawn: torch.Tensor) -> None:
         """Append the drawn tokens to their sequences and answer those that end."""
         lane = flight.lane
@@ -442,36 +450,20 @@ class _Generation:
             )
         stopped = lane.append(tokens, logprobs)
         self.clock.num_tokens_drawn += len(tokens)
-        if self.stop_strings is not None:
+        if self.sampling.stop:
             for slot, (request, token) in enumerate(zip(lane.live, tokens.tolist())):
-                stopped[slot] |= self.stop_strings.completes(request.request, token)
+                stopped[slot] |= self.answers.completes_stop_string(request.request, token)
         finished, copies = lane.retire(stopped)
         for end in finished:
-            request = end.request
-            routing = None
-            if self.cache.routing is not None:
-                routing = self.cache.routing[end.slot, : len(end.tokens) - 1].cpu().numpy().copy()
-            self.answers[request.prompt_number][request.sample] = Rollout(
-                request=request.request,
-                tokens=end.tokens,
-                prompt_len=len(request.prompt),
-                logprobs=end.logprobs,
-                routed_experts=routing,
-                finish="stop" if end.stopped else "length",
-                policy_version=self.policy_version,
-                text=self._text(end.tokens[len(request.prompt) :].tolist()),
-            )
-            if self.stop_strings is not None:
-                self.stop_strings.forget(request.request)
+            self.answers.finish(end, self._routing)
         self.cache.copy(copies)
         self.clock.charge("plan")
 
-    def _text(self, response: list[int]) -> str:
-        if response and response[-1] in self.stop_tokens:
-            response = response[:-1]
-        # The model's vocabulary may be larger than the tokenizer's (DeepSeek-V3: 129280 against 128815).
-        known = self.engine.tokenizer.vocab_size
-        return self.engine.tokenizer.decode([token for token in response if token < known])
+    def _routing(self, slot: int, num_tokens: int) -> np.ndarray | None:
+        """The experts recorded in a cache slot, ``[num_tokens, layers of this rank, topk]``."""
+        if self.cache.routing is None:
+            return None
+        return self.cache.routing[slot, :num_tokens].cpu().numpy().copy()
 
     def _record_routing(self, number: int, step: StepContext) -> None:
         """If asked for, keep the experts that this chunk's routers just chose, in the rows of the tokens' slots."""

@@ -9,7 +9,9 @@ tested:
 2. A prompt that several samples share is fed once: one slot computes it, the others copy its rows, and all draw their
    first token from the same logits row. Samples that find no free slot join later: they copy all but the prompt's last
    token from a sibling that is still live and feed that last token themselves, or they feed the prompt again.
-3. Everything follows from the requests and the drawn tokens, so all ranks of a replica hold equal lanes without a word
+3. A request that was stopped on its way feeds its prompt and all it had drawn as one piece and draws on behind it. New
+   samples of its prompt copy the prompt's rows from it and draw their first token in the midst of that piece.
+4. Everything follows from the requests and the drawn tokens, so all ranks of a replica hold equal lanes without a word
    said about shapes.
 
 Legend: a slot index is local to the lane; ``first_slot + index`` is the cache's.
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,6 +29,8 @@ import numpy as np
 
 # Activations of a forward grow with its prompt tokens; beyond this many, a GPU is busy anyway.
 MAX_PREFILL_TOKENS = 16384
+# Request id of sample j of a prompt: index * SAMPLES_PER_PROMPT_LIMIT + j.
+SAMPLES_PER_PROMPT_LIMIT = 1 << 20
 
 
 class Copy(NamedTuple):
@@ -43,17 +47,19 @@ class Request:
 
     Attributes:
         request: unique id; ``key`` is its random-stream key (see ``sampler.request_key``).
-        prompt_number, sample: where the answer goes: prompt by place in the call, sample by place in its group.
+        prompt_number: the prompt's place in the call; samples of one prompt have it in common.
         prompt: int64 ``[prompt_len]``.
-        max_new_tokens: tokens to draw at most.
+        max_new_tokens: tokens to draw at most, those of ``response`` among them.
+        response, logprobs: int64 and float32 ``[num_response]``, what an earlier call drew before it was stopped.
     """
 
     request: int
     key: int
     prompt_number: int
-    sample: int
     prompt: np.ndarray
     max_new_tokens: int
+    response: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ class StepPlan:
     """One forward of a lane.
 
     ``tokens`` and ``positions`` (int64 ``[num_tokens]``) list the decode tokens of slots ``0 .. num_decode - 1`` first,
-    then the prompts of ``prefills`` packed. ``sampled_rows`` (int64 ``[num_live]``) names, for every live sequence in
-    slot order, the row whose logits its next token comes from.
+    then the prompts (of resumed requests: all tokens so far) packed. ``sampled_rows`` (int64 ``[num_live]``) names, for
+    every live sequence in slot order, the row whose logits its next token comes from.
 
     Attributes:
         slots: int64 ``[num_tokens]``, the lane's slot of each token.
@@ -94,6 +100,15 @@ class Finished:
     tokens: np.ndarray
     logprobs: np.ndarray
     stopped: bool
+    slot: int
+
+
+class Live(NamedTuple):
+    """A sequence on its way: ``tokens`` int64 with the prompt, ``logprobs`` float32 of the response, its cache slot."""
+
+    request: Request
+    tokens: np.ndarray
+    logprobs: np.ndarray
     slot: int
 
 
@@ -142,12 +157,12 @@ class Lane:
         num_old = self.num_live
         decode_tokens = [self._tokens[np.arange(num_old), self._length[:num_old] - 1]]
         decode_positions = [self._length[:num_old] - 1]
-        prompts: list[np.ndarray] = []
-        prompt_slots: list[int] = []
-        source_of: dict[int, int] = {}  # prompt number -> place in `prompts`
+        pieces: list[np.ndarray] = []  # prompts, and resumed requests' tokens so far
+        piece_slots: list[int] = []
+        piece_of: dict[int, int] = {}  # prompt number -> the first of `pieces` that begins with it
         copies_before: list[Copy] = []
         copies_after: list[Copy] = []
-        last_rows: list[int] = []  # of newly fed prompts, counted from the first prompt token
+        draws: list[tuple[int, int]] = []  # (piece, tokens of it) whose next token is drawn
 
         # A sibling that already decodes still holds the prompt. Requests are in prompt order, so those who find one
         # come first and their decode tokens stay in slot order.
@@ -156,45 +171,51 @@ class Lane:
         while self.queue and self.num_live < len(self._length):
             request = self.queue[0]
             slot, prompt, number = self.num_live, request.prompt, request.prompt_number
-            is_new = number not in holders and number not in source_of
-            if is_new and prompts and sum(map(len, prompts)) + len(prompt) > self.max_prefill_tokens:
+            tokens = np.concatenate([prompt, request.response])
+            feeds_all = len(request.response) > 0 or (number not in holders and number not in piece_of)
+            if feeds_all and pieces and sum(map(len, pieces)) + len(tokens) > self.max_prefill_tokens:
                 break
             self.queue.popleft()
-            self.live.append(request)
-            self._tokens[slot, : len(prompt)] = prompt
-            self._length[slot] = len(prompt)
-            self._limit[slot] = len(prompt) + request.max_new_tokens
-            self._key[slot] = request.key
-            if number in holders:
-                assert not prompts, "samples of one prompt stand together"
+            self._admit(request, tokens)
+            if feeds_all:
+                piece_of.setdefault(number, len(pieces))
+                draws.append((len(pieces), len(tokens)))
+                pieces.append(tokens)
+                piece_slots.append(slot)
+            elif number in piece_of:
+                draws.append((piece_of[number], len(prompt)))
+                copies_after.append(self._copy(piece_slots[piece_of[number]], slot, len(prompt)))
+            else:
+                assert not pieces, "samples of one prompt stand together"
                 num_late += 1
                 copies_before.append(self._copy(holders[number], slot, len(prompt) - 1))
                 decode_tokens.append(prompt[-1:])
                 decode_positions.append(np.array([len(prompt) - 1]))
-                continue
-            if is_new:
-                source_of[number] = len(prompts)
-                prompts.append(prompt)
-                prompt_slots.append(slot)
-            else:
-                copies_after.append(self._copy(prompt_slots[source_of[number]], slot, len(prompt)))
-            last_rows.append(source_of[number])
 
         num_decode = num_old + num_late
-        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        last_of_prompt = num_decode + np.cumsum(lengths) - 1
+        lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+        starts = num_decode + np.cumsum(lengths) - lengths
         return StepPlan(
-            tokens=np.concatenate([*decode_tokens, *prompts]),
+            tokens=np.concatenate([*decode_tokens, *pieces]),
             positions=np.concatenate([*decode_positions, *(np.arange(length) for length in lengths)]),
-            slots=np.concatenate([np.arange(num_decode), np.repeat(np.array(prompt_slots, dtype=np.int64), lengths)]),
+            slots=np.concatenate([np.arange(num_decode), np.repeat(np.array(piece_slots, dtype=np.int64), lengths)]),
             num_decode=num_decode,
-            prefill_lengths=tuple(len(prompt) for prompt in prompts),
-            sampled_rows=np.concatenate([np.arange(num_decode), last_of_prompt[last_rows].astype(np.int64)]),
+            prefill_lengths=tuple(lengths.tolist()),
+            sampled_rows=np.array([*range(num_decode), *(starts[i] + count - 1 for i, count in draws)], dtype=np.int64),
             keys=self._key[: self.num_live].copy(),
             sample_positions=self._length[: self.num_live].copy(),
             copies_before=tuple(copies_before),
             copies_after=tuple(copies_after),
         )
+
+    def _admit(self, request: Request, tokens: np.ndarray) -> None:
+        slot, prompt_len, length = self.num_live, len(request.prompt), len(tokens)
+        self.live.append(request)
+        self._tokens[slot, :length] = tokens
+        self._logprobs[slot, prompt_len:length] = request.logprobs
+        self._length[slot] = length
+        self._limit[slot] = prompt_len + request.max_new_tokens
+        self._key[slot] = request.key
 
     def append(self, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
         """Take the drawn tokens (one per live sequence); answers which sequences now end by a stop token, bool."""
@@ -237,6 +258,18 @@ class Lane:
         # The newest token is not in the cache yet.
         copies = [self._copy(mover, hole, int(self._length[hole]) - 1) for hole, mover in zip(holes, movers)]
         return finished, copies
+
+    def sequences(self) -> list[Live]:
+        """The live sequences, in slot order. Of each the cache holds all tokens but the last one, between two steps."""
+        return [
+            Live(
+                request,
+                self._tokens[slot, : self._length[slot]].copy(),
+                self._logprobs[slot, len(request.prompt) : self._length[slot]].copy(),
+                self.first_slot + slot,
+            )
+            for slot, request in enumerate(self.live)
+        ]
 
     def _copy(self, source: int, target: int, length: int) -> Copy:
         return Copy(self.first_slot + source, self.first_slot + target, length)
