@@ -261,7 +261,7 @@ def _routing(path: Path, table: _Table, chosen: Sequence[int], layers: Sequence[
             f"no file routing_{path.stem}_*.safetensors beside it has the experts of layers {_few(missing)} "
             "(rollout.router_replay was off, or files are missing)"
         )
-    return answer
+    return [{layer: part[layer] for layer in layers} for part in answer]
 
 
 def _check_requests(requests: Sequence[int], prompts: Collection[int], seen: set[int]) -> None:
