@@ -56,7 +56,7 @@ def saved_checkpoints(folder: str | Path) -> list[Saved]:
     is listed with an empty one, so that nobody takes it for absent."""
     found = []
     for path in Path(folder).glob(f"*/{CHECKPOINT}"):
-        if path.parent.suffix == PARTIAL or path.parent.is_symlink():
+        if path.parent.suffix == PARTIAL or path.parent.name == BEST:
             continue
         try:
             description = json.loads(path.read_text())
@@ -77,8 +77,9 @@ def before(folder: str | Path, saved: Saved) -> Saved | None:
     return max(older, key=_age, default=None)
 
 
-def _age(saved: Saved) -> tuple[int, int]:
-    return saved.step, len(saved.description.get("rollouts_in_flight", ()))
+def _age(saved: Saved) -> tuple[int, bool, str]:
+    """Greater is newer. In the midst of a rollout is later than before it."""
+    return saved.step, saved.description["state"].get("in_flight", False), saved.path.name
 
 
 def prepare(folder: str | Path) -> list[str]:
@@ -139,6 +140,8 @@ def apply_retention(folder: str | Path, cfg: CheckpointConfig) -> list[str]:
 def _link(link: Path, target: str) -> None:
     if link.is_symlink() and os.readlink(link) == target:
         return
+    if link.exists() and not link.is_symlink():  # a run folder that was copied without its links
+        shutil.rmtree(link)
     fresh = link.with_name(link.name + ".new")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target)

@@ -17,9 +17,11 @@ import torch.distributed as dist
 
 from r1_megatron.config.schema import RunConfig
 from r1_megatron.data.prompts import PromptStream
+from r1_megatron.parallel.rank import stop_requested
 from r1_megatron.rl.credit import assign_credit, count_loss
 from r1_megatron.rl.select import apply_overlong_penalty, select_groups
 from r1_megatron.rl.weights import LossCounts
+from r1_megatron.rollout.in_flight import InFlight, RolloutStopped, load_in_flight
 from r1_megatron.stages.evaluate import end_step, evaluate_at_start
 from r1_megatron.stages.grading import grade
 from r1_megatron.stages.setup import Run, open_run
@@ -44,8 +46,13 @@ def run(cfg: RunConfig) -> None:
         for step in run.steps():
             report = StepReport(run)
             with run.log.clock("rollout"):
-                blocks = deal(prompts.take(cfg.rollout.prompts_per_step), run)
-                rollouts = generate(run, blocks)
+                taken = prompts.take(cfg.rollout.prompts_per_step)
+                blocks = deal(taken, run)
+                try:
+                    rollouts = generate(run, blocks, in_flight(run, taken, blocks))
+                except RolloutStopped as stopped:
+                    run.save_in_flight(stopped.rollouts)
+                    break
             with run.log.clock("reward"):
                 graded = grade_blocks(run, blocks, rollouts, report)
             with run.log.clock("annotate"):
@@ -68,8 +75,24 @@ def deal(prompts: Sequence[Prompt], run: Run) -> list[list[Prompt]]:
     return [list(prompts[b * size : (b + 1) * size])[dp_rank::dp] for b in range(blocks)]
 
 
-def generate(run: Run, blocks: Sequence[Sequence[Prompt]]) -> list[list[Rollout]]:
-    """Samples of every prompt of this replica, block by block."""
+def in_flight(run: Run, prompts: Sequence[Prompt], blocks: Sequence[Sequence[Prompt]]) -> list[InFlight]:
+    """What the checkpoint has of the samples of this step, if the run goes on from the midst of its rollout."""
+    if run.resumed_from is None or not run.resumed["state"]["in_flight"]:
+        return []
+    folder, run.resumed_from = run.resumed_from, None
+    mine = {prompt.index for block in blocks for prompt in block}
+    layers = run.engine.moe_layers if run.engine.record_routing else ()
+    found = load_in_flight(folder, prompts, mine, vocab_size=run.cfg.model.vocab_size, layers=layers)
+    run.log.note("going on with the rollouts that were in flight")
+    return found
+
+
+def generate(run: Run, blocks: Sequence[Sequence[Prompt]], begun: Sequence[InFlight] = ()) -> list[list[Rollout]]:
+    """Samples of every prompt of this replica, block by block; ``begun`` ones go on.
+
+    Raises:
+        RolloutStopped: the run was asked to end.
+    """
     flat = [prompt for block in blocks for prompt in block]
     with run.policy.gathered():
         rollouts = run.engine.generate(
@@ -78,6 +101,8 @@ def generate(run: Run, blocks: Sequence[Sequence[Prompt]]) -> list[list[Rollout]
             run.cfg.sampling,
             seed=run.cfg.seed,
             policy_version=run.policy.version,
+            stop=stop_requested,
+            in_flight=begun,
         )
     if run.groups.device.type == "cuda":
         run.engine.release()  # the cache's memory is training's now

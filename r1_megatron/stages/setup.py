@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -27,6 +27,7 @@ from r1_megatron.parallel.groups import ProcessGroups, build_process_groups, des
 from r1_megatron.parallel.rank import listen_for_stop, stop_requested
 from r1_megatron.rewards.base import Grader, build_rewards
 from r1_megatron.rollout.engine import Engine, build_engine
+from r1_megatron.rollout.in_flight import InFlight, save_in_flight
 from r1_megatron.stages.resume import can_resume, find_start, restore
 from r1_megatron.telemetry.run_folder import CHECKPOINTS
 from r1_megatron.telemetry.writers import RunLog
@@ -65,9 +66,11 @@ class Run:
     writer: CheckpointWriter
     loaded: dict[str, Any] = field(default_factory=dict)
     resumed: dict[str, Any] = field(default_factory=dict)
+    resumed_from: Path | None = None
     finished_steps: int = 0
     evaluation: dict[str, float] = field(default_factory=dict)
     _tracked: dict[str, Resumable] = field(default_factory=dict)
+    _places: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Path:
@@ -78,14 +81,25 @@ class Run:
         if self.resumed:
             part.restore(self.resumed["state"][name])
         self._tracked[name] = part
+        self._places[name] = part.state()
         return part
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to be done, after those that the checkpoint has."""
         yield from range(self.finished_steps + 1, self.cfg.train.steps + 1)
 
-    def save_checkpoint(self, name: str, step: int, resumable: bool = True) -> None:
-        """Write ``checkpoints/<name>``, or begin to. Collective. ``resumable``: here the run can go on from it."""
+    def finish_step(self, step: int) -> None:
+        """From here on a checkpoint is of the place after this step, until the next one is finished."""
+        self.finished_steps = step
+        self._places = {name: part.state() for name, part in self._tracked.items()}
+
+    def save_checkpoint(self, name: str, resumable: bool = True, in_flight: Sequence[InFlight] | None = None) -> None:
+        """Write ``checkpoints/<name>``, or begin to: the run after its last finished step. Collective.
+
+        Args:
+            resumable: the weights are those of that step, so that the run can go on from here.
+            in_flight: what the next step has sampled so far, on this rank.
+        """
         policy, keeps = self.policy, resumable and self.cfg.checkpoint.save_optimizer
         contents = Contents(
             policy.chunks,
@@ -96,7 +110,7 @@ class Run:
         )
         description: dict[str, Any] = {
             "stage": self.cfg.stage,
-            "step": step,
+            "step": self.finished_steps,
             "policy_version": policy.version,
             "weights": {"dtype": "bfloat16" if self.cfg.train.bf16 else "float32", "fp8": None},
             "evaluation": self.evaluation,
@@ -110,26 +124,53 @@ class Run:
                 "has_reference": policy.reference is not None,
                 "evaluated": bool(self.evaluation),
                 "log": self.log.sizes(),
-                **{name: part.state() for name, part in self._tracked.items()},
+                "in_flight": in_flight is not None,
+                **self._places,
             }
+
+        def write_more(folder: Path) -> None:
+            if in_flight is not None:
+                save_in_flight(folder, in_flight, self.groups)
+
         with policy.gathered():
             state = contents.sharded_state()
-            self._announce(self.writer.begin(self.checkpoints / name, state, description, self.cfg.model))
+            self._announce(self.writer.begin(self.checkpoints / name, state, description, self.cfg.model, write_more))
 
     def save_if_due(self, step: int, ends: bool) -> None:
         """A checkpoint every ``checkpoint.interval`` steps, ``final`` after the last one, and one before an early end.
 
         Collective.
         """
-        self.finished_steps = step
+        self.finish_step(step)
         self._announce(self.writer.poll())
         interval = self.cfg.checkpoint.interval
         if step == self.cfg.train.steps:
-            self.save_checkpoint(retention.FINAL, step)
+            self.save_checkpoint(retention.FINAL)
         elif ends or (interval and step % interval == 0):
-            self.save_checkpoint(retention.step_name(step), step)
+            self.save_checkpoint(retention.step_name(step))
         if ends or step == self.cfg.train.steps:
             self._announce(self.writer.finish())
+
+    def save_in_flight(self, rollouts: Sequence[InFlight]) -> None:
+        """Before an early end in the midst of a rollout: the place after the last step, with what is sampled since.
+
+        With ``checkpoint.rollouts_in_flight=restart`` the samples are left out: they are drawn anew.
+        """
+        self._announce(self.writer.finish())
+        keeps = self.cfg.checkpoint.rollouts_in_flight == "continue"
+        name = retention.step_name(self.finished_steps)
+        if keeps:
+            names = [retention.free_name(self.checkpoints, f"{name}_in_flight")]
+            dist.broadcast_object_list(names, src=0)
+            self.save_checkpoint(names[0], in_flight=rollouts)
+        elif not self._has_checkpoint(name):
+            self.save_checkpoint(name)
+        self._announce(self.writer.finish())
+
+    def _has_checkpoint(self, name: str) -> bool:
+        box = [(self.checkpoints / name).exists()]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def asked_to_end(self) -> bool:
         """Whether any rank was asked to; they hear of it at different moments. Collective."""
@@ -143,7 +184,7 @@ class Run:
         if self.policy.version > 0:
             names = [retention.free_name(self.checkpoints, retention.AT_FAILURE)]
             dist.broadcast_object_list(names, src=0)
-            self.save_checkpoint(names[0], self.finished_steps, resumable=False)
+            self.save_checkpoint(names[0], resumable=False)
             self._announce(self.writer.finish())
 
     def _announce(self, whole: Path | None) -> None:
@@ -216,7 +257,7 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
         writer = CheckpointWriter(background=cfg.checkpoint.async_save)
         run = Run(cfg, groups, tokenizer, train_prompts, held_out, task, policy, engine, grader, log, writer, loaded)
         if saved is not None:
-            run.resumed, run.finished_steps = saved.description, done
+            run.resumed, run.resumed_from, run.finished_steps = saved.description, saved.path, done
         try:
             yield run
         except RaisedTogether:

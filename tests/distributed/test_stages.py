@@ -490,7 +490,10 @@ DAMAGES = {
         r"__0_0\.distcp has \d+ bytes, written were \d+",
         lambda folder: cut(folder / "__0_0.distcp"),
     ),
-    "a bit is flipped": (r"__0_0\.distcp was changed or is damaged \(sha256", lambda folder: flip(folder / "__0_0.distcp")),
+    "a bit is flipped": (
+        r"__0_0\.distcp was changed or is damaged \(sha256",
+        lambda folder: flip(folder / "__0_0.distcp"),
+    ),
     "the index is missing": (r"\.metadata is missing", lambda folder: (folder / ".metadata").unlink()),
     "the index is cut": (r"\.metadata has \d+ bytes", lambda folder: cut(folder / ".metadata")),
     "the common part is cut": (r"common\.pt has \d+ bytes", lambda folder: cut(folder / "common.pt")),

@@ -106,7 +106,7 @@ def _num_steps(folder: Path) -> int:
 def differences(folder: Path, reference: Path) -> list[str]:
     """What is not bit for bit equal in two finished runs."""
     found = []
-    mine, theirs = _computed(folder), _computed(reference)
+    mine, theirs = computed(folder), computed(reference)
     if len(mine) != len(theirs):
         found.append(f"{len(mine)} rows of metrics, expected {len(theirs)}")
     for row, expected in zip(mine, theirs):
@@ -120,7 +120,7 @@ def differences(folder: Path, reference: Path) -> list[str]:
     return found
 
 
-def _computed(folder: Path) -> list[dict[str, Any]]:
+def computed(folder: Path) -> list[dict[str, Any]]:
     rows = rows_of(folder / "metrics.jsonl")
     return [{name: value for name, value in row.items() if not name.startswith(MEASURED)} for row in rows]
 
@@ -178,7 +178,9 @@ def main() -> int:
                 )
             found = differences(work / "runs" / name, reference)
             failed += bool(found)
-            print(f"{name}: " + ("bit for bit the uninterrupted run" if not found else json.dumps(found[:10])), flush=True)
+            print(
+                f"{name}: " + ("bit for bit the uninterrupted run" if not found else json.dumps(found[:10])), flush=True
+            )
     print(f"{killed} kills; " + ("every run ended bit for bit the same" if not failed else f"{failed} runs differ"))
     return 1 if failed else 0
 

@@ -77,7 +77,7 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(work: Path) -> None:
     num_steps = whole(work / "run")
     checkpoint = f"run/checkpoints/step_{num_steps:06d}"
     assert num_steps >= 2 and (work / checkpoint / "checkpoint.json").is_file()
-    assert "SIGINT: ending after this step, with a checkpoint." in shown
+    assert "SIGINT: ending at the next good moment, with a checkpoint." in shown
     assert f"ended by SIGINT. Run folder: run. Last whole checkpoint: {checkpoint}." in errors
     assert "r1-megatron report run" in errors and "Traceback" not in errors
     assert all_gone(family)

@@ -1,0 +1,232 @@
+"""A run that goes on is the run that was never interrupted: bit for bit under its layout, within rounding elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from r1_megatron.checkpoint.retention import saved_checkpoints
+from tests.distributed import resume_checks as checks
+from tests.distributed.layouts import LAYOUTS, world_size
+from tests.e2e.kills import computed, differences
+from tests.rank_pool import RankPool
+from tests.torch_dist import tensors_of
+
+BF16 = {
+    "train": {"bf16": True},
+    "rl": {"probs_diff_limit": None},
+}
+# Layout, options: everything that an optimizer's state may look like.
+SAME: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "one": ("one", {}),
+    "pp2vpp2": ("pp2vpp2", {}),
+    "tp2": ("tp2", {}),
+    "ep2, whole optimizer on every rank": ("ep2", {"train": {"use_distributed_optimizer": False}}),
+    "dp2, bf16, gathers overlap": (
+        "dp2",
+        {**BF16, "train": {"bf16": True, "overlap_grad_reduce": True, "overlap_param_gather": True}},
+    ),
+    "bf16, whole optimizer": ("one", {**BF16, "train": {"bf16": True, "use_distributed_optimizer": False}}),
+    "tp2etp2, router replay": ("tp2etp2", {"rollout": {"router_replay": True}}),
+}
+
+
+def go(ranks: RankPool, folder: Path, name: str, sections: dict | None = None, **options: Any) -> tuple[str, str]:
+    """A start of the run; what ended it."""
+    parallel = LAYOUTS[name]
+    answers = ranks.run(
+        checks.run, world_size(parallel), folder=str(folder), parallel=parallel, sections=sections, **options
+    )
+    assert len(set(answers)) == 1, answers
+    return answers[0]
+
+
+def steps(sections: dict[str, dict[str, Any]], number: int) -> dict[str, dict[str, Any]]:
+    return {**sections, "train": {**sections.get("train", {}), "steps": number}}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_bit_for_bit(ranks: RankPool, tmp_path: Path, case: str) -> None:
+    name, sections = SAME[case]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert go(ranks, whole, name, sections) == ("", "")
+    for last in (1, 3, 4):  # `final` of the first two gives way
+        assert go(ranks, parts, name, steps(sections, last)) == ("", "")
+    assert differences(parts, whole) == []
+    assert {saved.path.name for saved in saved_checkpoints(parts / "checkpoints")} == {
+        *(f"step_{step:06d}" for step in (1, 2, 3)),
+        "final",
+    }
+
+
+def test_supervised_bit_for_bit(ranks: RankPool, tmp_path: Path) -> None:
+    sections = {"model": {"mtp_num_layers": 1}, "evaluate": {"num_prompts": 0}}
+    for folder, ends in (("whole", (4,)), ("parts", (2, 4))):
+        for last in ends:
+            assert go(ranks, tmp_path / folder, "pp2", steps(sections, last), stage="sft") == ("", "")
+    assert differences(tmp_path / "parts", tmp_path / "whole") == []
+
+
+@pytest.fixture(scope="module")
+def half(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory):
+    """A run that ended after two steps, by its layout; and the same to its end."""
+    folder = tmp_path_factory.mktemp("half")
+
+    def get(name: str) -> tuple[Path, Path]:
+        first, whole = folder / f"{name}_half", folder / f"{name}_whole"
+        if not whole.exists():
+            assert go(ranks, whole, name) == ("", "")
+            shutil.copytree(whole, first)
+            for later in ("step_000003", "final"):
+                shutil.rmtree(first / "checkpoints" / later)
+        return first, whole
+
+    return get
+
+
+MOVES = [("ep2", "tp2"), ("ep2", "pp2vpp2"), ("tp2pp2ep2", "one"), ("tp2pp2ep2", "dp2"), ("pp2", "tp2pp2ep2")]
+
+
+@pytest.mark.parametrize("before, after", MOVES)
+def test_the_same_curve_under_another_layout(ranks: RankPool, half, tmp_path: Path, before: str, after: str) -> None:
+    first, whole = half(before)
+    folder = Path(shutil.copytree(first, tmp_path / "run"))
+    assert go(ranks, folder, after, {"train": {"use_distributed_optimizer": after != "dp2"}}) == ("", "")
+    mine, theirs = computed(folder), computed(whole)
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
+    for row, expected in zip(mine, theirs):
+        for metric in expected.keys() & row.keys():
+            if not metric.startswith("rollout/"):  # how the work was cut
+                close = math.isclose(row[metric], expected[metric], rel_tol=1e-5, abs_tol=1e-5)
+                assert close, (row["step"], metric, row[metric], expected[metric])
+    assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    wanted, found = tensors_of(whole / "checkpoints/final"), tensors_of(folder / "checkpoints/final")
+    for name in wanted.keys() & found.keys():
+        if not name.startswith("rng."):
+            rows = min(len(wanted[name]), len(found[name]))  # the vocabulary's padding
+            torch.testing.assert_close(found[name][:rows], wanted[name][:rows], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def in_flight_folders(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in (folder / "checkpoints").glob("*/rollouts_in_flight"))
+
+
+@pytest.mark.parametrize("name", ["one", "ep2", "pp2"])
+def test_stopped_in_a_rollout(ranks: RankPool, half, tmp_path: Path, name: str) -> None:
+    """The samples are those of the whole run; so is what is learned from them, within rounding."""
+    _, whole = half(name)
+    assert go(ranks, tmp_path, name, stop_at_question=8) == ("", "")
+    rows = [row["step"] for row in computed(tmp_path) if "train/updates" in row]
+    assert rows in ([1], [1, 2]), rows
+    [kept] = in_flight_folders(tmp_path)
+    assert kept.name == f"step_{rows[-1]:06d}_in_flight"
+    assert go(ranks, tmp_path, name) == ("", "")
+    assert (tmp_path / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    for row, expected in zip(computed(tmp_path), computed(whole), strict=True):
+        for metric in ("train/loss", "actor/grad_norm", "actor/kl", "eval/sampled_reward"):
+            assert row.get(metric) == pytest.approx(expected.get(metric), rel=1e-5, abs=1e-6), metric
+        assert row.get("training/rollout_logprobs_diff_max", 0.0) <= 1e-4
+
+
+def test_stopped_in_a_rollout_that_is_drawn_anew(ranks: RankPool, half, tmp_path: Path) -> None:
+    """Nothing of it is kept, and the run is bit for bit the whole one."""
+    _, whole = half("ep2")
+    restart = {"checkpoint": {"rollouts_in_flight": "restart"}}
+    assert go(ranks, tmp_path, "ep2", restart, stop_at_question=8) == ("", "")
+    assert in_flight_folders(tmp_path) == []
+    assert go(ranks, tmp_path, "ep2", restart) == ("", "")
+    assert differences(tmp_path, whole) == []
+
+
+def test_stopped_in_the_first_rollout(ranks: RankPool, half, tmp_path: Path) -> None:
+    _, whole = half("one")
+    assert go(ranks, tmp_path, "one", stop_at_question=1) == ("", "")
+    assert [path.name for path in in_flight_folders(tmp_path)] == ["step_000000_in_flight"]
+    assert go(ranks, tmp_path, "one", stop_at_question=2) == ("", "")  # and again
+    assert go(ranks, tmp_path, "one") == ("", "")
+    assert (tmp_path / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_offered(ranks: RankPool, half, tmp_path: Path) -> None:
+    first, whole = half("ep2")
+    folder = Path(shutil.copytree(first, tmp_path / "run"))
+    flip(folder / "checkpoints/step_000002/__1_0.distcp")
+    (folder / "checkpoints/step_000003.partial").mkdir()
+    kind, message = go(ranks, folder, "ep2")
+    assert kind == "DamagedCheckpoint"
+    assert "checkpoints/step_000002 is damaged or incomplete: __1_0.distcp was changed" in message
+    assert "The one before it is" in message and "checkpoints/step_000001" in message
+    assert "checkpoint.on_damaged=previous" in message
+    assert go(ranks, folder, "ep2", {"checkpoint": {"on_damaged": "previous"}}) == ("", "")
+    assert differences(folder, whole) == []
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.is_symlink()) == [
+        "damaged_step_000002",
+        "final",
+        "step_000001",
+        "step_000002",
+        "step_000003",
+    ]
+
+
+def test_weights_that_are_not_numbers(ranks: RankPool, tmp_path: Path) -> None:
+    name = "decoder.layers.2.mlp.experts.local_experts.5.linear_fc1.weight"
+    ranks.run(checks.save_with_nan, 2, folder=str(tmp_path / "nan"), parallel=LAYOUTS["ep2"], name=name)
+    sections = {"checkpoint": {"load": str(tmp_path / "nan")}}
+    kind, message = go(ranks, tmp_path / "run", "tp2", sections)
+    assert kind == "DamagedCheckpoint" and f"{name} holds NaN or infinity" in message
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(ranks: RankPool, half, tmp_path: Path) -> None:
+    """What is written late is what was there when the save began."""
+    _, whole = half("ep2")
+    overtaken = ranks.run(checks.run_with_slow_disk, 2, folder=str(tmp_path), parallel=LAYOUTS["ep2"])
+    assert min(overtaken) >= 1
+    written, expected = tensors_of(tmp_path / "checkpoints/step_000002"), tensors_of(whole / "checkpoints/step_000002")
+    assert written.keys() == expected.keys()
+    assert [name for name in written if not torch.equal(written[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("name", ["dp2", "tp2pp2ep2", "pp2vpp2", "tp2etp2"])
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "plain"])
+def test_the_optimizers_pieces_tile_every_tensor(ranks: RankPool, name: str, distributed: bool) -> None:
+    """Over all ranks every element is written once."""
+    options = {"parallel": LAYOUTS[name], "distributed": distributed}
+    counts: dict[str, torch.Tensor] = defaultdict()
+    for pieces in ranks.run(checks.optimizer_pieces, world_size(LAYOUTS[name]), **options):
+        for key, offset, size, shape, is_main in pieces:
+            count = counts.setdefault(key, torch.zeros(shape, dtype=torch.int8))
+            assert count.shape == shape
+            if is_main:
+                count[tuple(slice(o, o + n) for o, n in zip(offset, size))] += 1
+    assert len(counts) > 100 and {key.split(".")[1] for key in counts} == {"exp_avg", "exp_avg_sq"}
+    assert [key for key, count in counts.items() if not (count == 1).all()] == []
+
+
+def test_retention(ranks: RankPool, tmp_path: Path) -> None:
+    """The last two stay, and the best, to which a link points; a run goes on from them all the same."""
+    sections = {
+        "train": {"steps": 6},
+        "checkpoint": {"interval": 1, "keep_last": 2, "keep_best": 1, "best_metric": "eval/greedy_length"},
+        "evaluate": {"interval": 1},
+    }
+    assert go(ranks, tmp_path, "one", sections) == ("", "")
+    found = {saved.path.name: saved.description for saved in saved_checkpoints(tmp_path / "checkpoints")}
+    lengths = {row["step"]: row["eval/greedy_length"] for row in computed(tmp_path) if "eval/greedy_length" in row}
+    best = min(step for step in range(1, 7) if lengths[step] == max(lengths[s] for s in range(1, 7)))
+    best_name = "final" if best == 6 else f"step_{best:06d}"
+    assert found.keys() == {"step_000004", "step_000005", "final", best_name}
+    assert (tmp_path / "checkpoints/best").resolve().name == best_name
+    assert json.loads((tmp_path / "checkpoints/best/checkpoint.json").read_text())["step"] == best
