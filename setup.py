@@ -193,6 +193,7 @@ setup(
         "pyyaml",
         "sentencepiece",
         "tokenizers",
+        "safetensors",
         "jinja2",
         "math-verify[antlr4_13_2]",
         "matplotlib",

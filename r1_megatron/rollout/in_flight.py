@@ -135,7 +135,7 @@ def load_in_flight(
     """The sequences of some prompts, from a checkpoint of any layout, in the order of their request.
 
     Args:
-        folder: the checkpoint; one that was not written in the midst of a rollout has no sequences.
+        folder: the checkpoint, one that was written in the midst of a rollout.
         prompts: the prompts of the interrupted step, all replicas'.
         mine: indices of those whose sequences are wanted: of this replica. Only theirs are read.
         vocab_size: real vocabulary.
@@ -146,8 +146,6 @@ def load_in_flight(
         ValueError: a file is missing, damaged, does not add up or belongs to other prompts; it is named.
     """
     place = Path(folder) / FOLDER
-    if not place.is_dir():
-        return []
     by_index = {prompt.index: prompt for prompt in prompts}
     seen: set[int] = set()
     rollouts: list[InFlight] = []

@@ -30,9 +30,9 @@ def run(cfg: RunConfig) -> None:
 def evaluate_at_start(run: Run) -> None:
     """Before the first step; or after the step that a run goes on from, if it was asked to end before it evaluated."""
     if not run.resumed:
-        evaluate(run, step=0)
+        run.evaluation = evaluate(run, step=0)
     elif is_due(run, run.finished_steps) and not run.resumed["state"]["evaluated"]:
-        evaluate(run, run.finished_steps)
+        run.evaluation = evaluate(run, run.finished_steps)
 
 
 def end_step(run: Run, step: int) -> bool:

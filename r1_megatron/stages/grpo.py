@@ -21,7 +21,7 @@ from r1_megatron.parallel.rank import stop_requested
 from r1_megatron.rl.credit import assign_credit, count_loss
 from r1_megatron.rl.select import apply_overlong_penalty, select_groups
 from r1_megatron.rl.weights import LossCounts
-from r1_megatron.rollout.in_flight import InFlight, RolloutStopped, load_in_flight
+from r1_megatron.rollout.in_flight import RolloutStopped
 from r1_megatron.stages.evaluate import end_step, evaluate_at_start
 from r1_megatron.stages.grading import grade
 from r1_megatron.stages.setup import Run, open_run
@@ -45,14 +45,16 @@ def run(cfg: RunConfig) -> None:
         evaluate_at_start(run)
         for step in run.steps():
             report = StepReport(run)
-            with run.log.clock("rollout"):
-                taken = prompts.take(cfg.rollout.prompts_per_step)
-                blocks = deal(taken, run)
-                try:
-                    rollouts = generate(run, blocks, in_flight(run, taken, blocks))
-                except RolloutStopped as stopped:
-                    run.save_in_flight(stopped.rollouts)
-                    break
+            before = prompts.state()
+            try:
+                with run.log.clock("rollout"):
+                    taken = prompts.take(cfg.rollout.prompts_per_step)
+                    blocks = deal(taken, run)
+                    rollouts = generate(run, taken, blocks)
+            except RolloutStopped as stopped:
+                prompts.restore(before)
+                run.save_in_rollout(stopped.rollouts)
+                break
             with run.log.clock("reward"):
                 graded = grade_blocks(run, blocks, rollouts, report)
             with run.log.clock("annotate"):
@@ -75,23 +77,11 @@ def deal(prompts: Sequence[Prompt], run: Run) -> list[list[Prompt]]:
     return [list(prompts[b * size : (b + 1) * size])[dp_rank::dp] for b in range(blocks)]
 
 
-def in_flight(run: Run, prompts: Sequence[Prompt], blocks: Sequence[Sequence[Prompt]]) -> list[InFlight]:
-    """What the checkpoint has of the samples of this step, if the run goes on from the midst of its rollout."""
-    if run.resumed_from is None or not run.resumed["state"]["in_flight"]:
-        return []
-    folder, run.resumed_from = run.resumed_from, None
-    mine = {prompt.index for block in blocks for prompt in block}
-    layers = run.engine.moe_layers if run.engine.record_routing else ()
-    found = load_in_flight(folder, prompts, mine, vocab_size=run.cfg.model.vocab_size, layers=layers)
-    run.log.note("going on with the rollouts that were in flight")
-    return found
-
-
-def generate(run: Run, blocks: Sequence[Sequence[Prompt]], begun: Sequence[InFlight] = ()) -> list[list[Rollout]]:
-    """Samples of every prompt of this replica, block by block; ``begun`` ones go on.
+def generate(run: Run, prompts: Sequence[Prompt], blocks: Sequence[Sequence[Prompt]]) -> list[list[Rollout]]:
+    """Samples of every prompt of this replica, block by block; ``prompts`` are the whole step's.
 
     Raises:
-        RolloutStopped: the run was asked to end.
+        RolloutStopped: a rank was asked to end.
     """
     flat = [prompt for block in blocks for prompt in block]
     with run.policy.gathered():
@@ -102,7 +92,7 @@ def generate(run: Run, blocks: Sequence[Sequence[Prompt]], begun: Sequence[InFli
             seed=run.cfg.seed,
             policy_version=run.policy.version,
             stop=stop_requested,
-            in_flight=begun,
+            in_flight=run.rollouts_in_flight(prompts, flat),
         )
     if run.groups.device.type == "cuda":
         run.engine.release()  # the cache's memory is training's now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -27,12 +28,13 @@ from r1_megatron.parallel.groups import ProcessGroups, build_process_groups, des
 from r1_megatron.parallel.rank import listen_for_stop, stop_requested
 from r1_megatron.rewards.base import Grader, build_rewards
 from r1_megatron.rollout.engine import Engine, build_engine
-from r1_megatron.rollout.in_flight import InFlight, save_in_flight
+from r1_megatron.rollout.in_flight import InFlight, load_in_flight, save_in_flight
 from r1_megatron.stages.resume import can_resume, find_start, restore
 from r1_megatron.telemetry.run_folder import CHECKPOINTS
 from r1_megatron.telemetry.writers import RunLog
 from r1_megatron.train.policy import Policy, build_policy
 from r1_megatron.train.step import RaisedTogether
+from r1_megatron.types import Prompt
 
 
 class Resumable(Protocol):
@@ -50,7 +52,8 @@ R = TypeVar("R", bound=Resumable)
 class Run:
     """One stage on this rank. ``grader`` is there on one rank per model replica, which grades for the others.
 
-    ``loaded`` describes the checkpoint that the weights are from; ``resumed`` the one that the run goes on from.
+    ``loaded`` describes the checkpoint that the weights are from; ``resumed`` the one that the run goes on from, and
+    ``start`` is its folder.
     """
 
     cfg: RunConfig
@@ -66,11 +69,10 @@ class Run:
     writer: CheckpointWriter
     loaded: dict[str, Any] = field(default_factory=dict)
     resumed: dict[str, Any] = field(default_factory=dict)
-    resumed_from: Path | None = None
+    start: Path | None = None
     finished_steps: int = 0
     evaluation: dict[str, float] = field(default_factory=dict)
     _tracked: dict[str, Resumable] = field(default_factory=dict)
-    _places: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Path:
@@ -81,24 +83,18 @@ class Run:
         if self.resumed:
             part.restore(self.resumed["state"][name])
         self._tracked[name] = part
-        self._places[name] = part.state()
         return part
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to be done, after those that the checkpoint has."""
         yield from range(self.finished_steps + 1, self.cfg.train.steps + 1)
 
-    def finish_step(self, step: int) -> None:
-        """From here on a checkpoint is of the place after this step, until the next one is finished."""
-        self.finished_steps = step
-        self._places = {name: part.state() for name, part in self._tracked.items()}
+    def save_checkpoint(
+        self, name: str, step: int, resumable: bool = True, in_flight: Sequence[InFlight] | None = None
+    ) -> None:
+        """Write ``checkpoints/<name>``, or begin to. Collective. ``resumable``: here the run can go on from it.
 
-    def save_checkpoint(self, name: str, resumable: bool = True, in_flight: Sequence[InFlight] | None = None) -> None:
-        """Write ``checkpoints/<name>``, or begin to: the run after its last finished step. Collective.
-
-        Args:
-            resumable: the weights are those of that step, so that the run can go on from here.
-            in_flight: what the next step has sampled so far, on this rank.
+        ``in_flight``: the sequences of this replica, if the rollout of the step after ``step`` was stopped.
         """
         policy, keeps = self.policy, resumable and self.cfg.checkpoint.save_optimizer
         contents = Contents(
@@ -110,7 +106,7 @@ class Run:
         )
         description: dict[str, Any] = {
             "stage": self.cfg.stage,
-            "step": self.finished_steps,
+            "step": step,
             "policy_version": policy.version,
             "weights": {"dtype": "bfloat16" if self.cfg.train.bf16 else "float32", "fp8": None},
             "evaluation": self.evaluation,
@@ -124,14 +120,13 @@ class Run:
                 "has_reference": policy.reference is not None,
                 "evaluated": bool(self.evaluation),
                 "log": self.log.sizes(),
-                "in_flight": in_flight is not None,
-                **self._places,
+                **{name: part.state() for name, part in self._tracked.items()},
             }
-
-        def write_more(folder: Path) -> None:
-            if in_flight is not None:
-                save_in_flight(folder, in_flight, self.groups)
-
+        write_more = None
+        if in_flight is not None:
+            # One entry per stop in this rollout: of two checkpoints of a step the one with more of them is newer.
+            description["rollouts_in_flight"] = [*self._earlier_stops(), self._count(in_flight)]
+            write_more = partial(save_in_flight, rollouts=in_flight, groups=self.groups)
         with policy.gathered():
             state = contents.sharded_state()
             self._announce(self.writer.begin(self.checkpoints / name, state, description, self.cfg.model, write_more))
@@ -141,36 +136,15 @@ class Run:
 
         Collective.
         """
-        self.finish_step(step)
+        self.finished_steps = step
         self._announce(self.writer.poll())
         interval = self.cfg.checkpoint.interval
         if step == self.cfg.train.steps:
-            self.save_checkpoint(retention.FINAL)
+            self.save_checkpoint(retention.FINAL, step)
         elif ends or (interval and step % interval == 0):
-            self.save_checkpoint(retention.step_name(step))
+            self.save_checkpoint(retention.step_name(step), step)
         if ends or step == self.cfg.train.steps:
             self._announce(self.writer.finish())
-
-    def save_in_flight(self, rollouts: Sequence[InFlight]) -> None:
-        """Before an early end in the midst of a rollout: the place after the last step, with what is sampled since.
-
-        With ``checkpoint.rollouts_in_flight=restart`` the samples are left out: they are drawn anew.
-        """
-        self._announce(self.writer.finish())
-        keeps = self.cfg.checkpoint.rollouts_in_flight == "continue"
-        name = retention.step_name(self.finished_steps)
-        if keeps:
-            names = [retention.free_name(self.checkpoints, f"{name}_in_flight")]
-            dist.broadcast_object_list(names, src=0)
-            self.save_checkpoint(names[0], in_flight=rollouts)
-        elif not self._has_checkpoint(name):
-            self.save_checkpoint(name)
-        self._announce(self.writer.finish())
-
-    def _has_checkpoint(self, name: str) -> bool:
-        box = [(self.checkpoints / name).exists()]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
 
     def asked_to_end(self) -> bool:
         """Whether any rank was asked to; they hear of it at different moments. Collective."""
@@ -178,13 +152,50 @@ class Run:
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked.item())
 
+    def save_in_rollout(self, rollouts: Sequence[InFlight]) -> None:
+        """The checkpoint of a run that ends in the middle of a step's rollout, as it was asked to. Collective."""
+        self._announce(self.writer.finish())
+        step, cfg = self.finished_steps, self.cfg.checkpoint
+        keeps = cfg.rollouts_in_flight == "continue" and cfg.save_optimizer
+        name = retention.step_name(step)
+        names = [retention.free_name(self.checkpoints, f"{name}_rollout") if keeps else name]
+        names.append("" if keeps or not (self.checkpoints / name).exists() else "is there")
+        dist.broadcast_object_list(names, src=0)
+        if not names[1]:
+            self.save_checkpoint(names[0], step, in_flight=rollouts if keeps else None)
+            self._announce(self.writer.finish())
+
+    def rollouts_in_flight(self, prompts: Sequence[Prompt], mine: Sequence[Prompt]) -> list[InFlight]:
+        """What the run was stopped with in the rollout that now comes first; empty for every later one.
+
+        ``prompts`` are the step's, ``mine`` this replica's of them.
+        """
+        folder, self.start = self.start, None
+        stops = self._earlier_stops()
+        if folder is None or not stops or self.cfg.checkpoint.rollouts_in_flight == "restart":
+            return []
+        self.log.note("the rollout goes on: {begun} of its sequences had begun, {finished} ended".format(**stops[-1]))
+        layers = self.engine.moe_layers if self.engine.record_routing else ()
+        indices = {prompt.index for prompt in mine}
+        return load_in_flight(folder, prompts, indices, vocab_size=self.cfg.model.vocab_size, layers=layers)
+
+    def _earlier_stops(self) -> list[dict[str, int]]:
+        return self.resumed.get("rollouts_in_flight", []) if self.resumed.get("step") == self.finished_steps else []
+
+    def _count(self, rollouts: Sequence[InFlight]) -> dict[str, int]:
+        """How many sequences of all replicas had begun, and how many of them had ended."""
+        num_finished = sum(rollout.finish is not None for rollout in rollouts)
+        counts = torch.tensor([len(rollouts), num_finished], device=self.groups.device)
+        dist.all_reduce(counts, group=self.groups.dp)
+        return dict(zip(("begun", "finished"), counts.tolist()))
+
     def save_at_failure(self) -> None:
         """What was learned until an error that all ranks raise together. No run goes on from it by itself."""
         self._announce(self.writer.finish())
         if self.policy.version > 0:
             names = [retention.free_name(self.checkpoints, retention.AT_FAILURE)]
             dist.broadcast_object_list(names, src=0)
-            self.save_checkpoint(names[0], resumable=False)
+            self.save_checkpoint(names[0], self.finished_steps, resumable=False)
             self._announce(self.writer.finish())
 
     def _announce(self, whole: Path | None) -> None:
@@ -257,7 +268,8 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
         writer = CheckpointWriter(background=cfg.checkpoint.async_save)
         run = Run(cfg, groups, tokenizer, train_prompts, held_out, task, policy, engine, grader, log, writer, loaded)
         if saved is not None:
-            run.resumed, run.resumed_from, run.finished_steps = saved.description, saved.path, done
+            run.resumed, run.start, run.finished_steps = saved.description, saved.path, done
+            run.evaluation = saved.description["evaluation"]
         try:
             yield run
         except RaisedTogether:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -12,8 +14,11 @@ import torch
 from r1_megatron.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rollout.in_flight import InFlight, RolloutStopped, load_in_flight, save_in_flight
+from r1_megatron.stages import grpo
+from r1_megatron.stages.setup import Run
 from r1_megatron.types import Rollout
 from tests.distributed import rollout_checks as checks
+from tests.distributed.stage_checks import stage_config
 
 NUM_PROMPTS, NUM_SAMPLES, VERSION = 5, 3, 4
 
@@ -217,3 +222,33 @@ def check_stop_strings() -> tuple[int, int]:
     unfinished = {rollout.request for rollout in begun if rollout.finish is None}
     split = [request for request, rollout in cut.items() if request in unfinished and rollout.num_response == 5]
     return len(cut), len(split)
+
+
+# ------------------------------------------------------------------------------------------------------- whole stages
+
+
+def run_grpo(
+    folder: str, parallel: ParallelConfig, sections: dict[str, dict[str, Any]], stop_at: tuple[int, int] | None = None
+) -> dict[str, str]:
+    """A GRPO run that asks every round whether to stop; ``stop_at``: (policy version, question) at which its last rank
+    is told yes. Answers a digest of this rank's weights for every checkpoint that it wrote, by name."""
+    digests = {}
+    generate, save = grpo.generate, Run.save_checkpoint
+
+    def asking(run: Run, *args: Any) -> list[list[Rollout]]:
+        run.engine.segment_rounds = 1
+        never = Asked(run.groups, question=1 << 30)
+        asked = Asked(run.groups, stop_at[1]) if stop_at and run.policy.version == stop_at[0] else never
+        with mock.patch.object(grpo, "stop_requested", asked):
+            return generate(run, *args)
+
+    def noting(run: Run, name: str, *args: Any, **options: Any) -> None:
+        digest = hashlib.sha256()
+        for parameter in (p for chunk in run.policy.chunks for p in chunk.parameters()):
+            digest.update(parameter.detach().numpy().tobytes())
+        digests[name] = digest.hexdigest()
+        save(run, name, *args, **options)
+
+    with mock.patch.object(grpo, "generate", asking), mock.patch.object(Run, "save_checkpoint", noting):
+        grpo.run(stage_config(folder, parallel, sections))
+    return digests
