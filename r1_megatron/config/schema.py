@@ -17,9 +17,12 @@ REWARD_NAMES = ("accuracy", "countdown", "format")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A DeepSeek-V3-style policy. ``preset`` fills every field that the YAML leaves out (see ``presets.py``)."""
+    """The policy's shape. ``preset`` fills every field that the YAML leaves out (see ``presets.py``)."""
 
     preset: str | None = None
+    # "deepseek_v3": latent attention and mixture of experts. The others are dense students with grouped-query
+    # attention, which the fields of latent attention, experts and multi-token prediction do not concern.
+    architecture: Literal["deepseek_v3", "qwen2", "qwen3", "llama"] = "deepseek_v3"
     num_layers: int = 4
     hidden_size: int = 64
     ffn_hidden_size: int = 160
@@ -34,6 +37,13 @@ class ModelConfig:
     qk_head_dim: int = 32
     qk_pos_emb_head_dim: int = 16
     v_head_dim: int = 24
+    # Grouped-query attention of the dense architectures. null: as many groups (key-value heads) as heads, and
+    # hidden_size / num_attention_heads as width of a head.
+    num_query_groups: int | None = None
+    head_dim: int | None = None
+    # deepseek_v3: on the down projections and the output projection; llama, qwen3: on query, key, value and output.
+    # qwen2 always has biases on query, key and value, and no others.
+    attention_bias: bool = False
     # Mixture of experts. The first `first_k_dense_replace` layers are dense.
     num_moe_experts: int = 8
     moe_ffn_hidden_size: int = 48
@@ -54,15 +64,41 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-6
     init_method_std: float = 0.006
     share_embeddings_and_output_weights: bool = False
-    # Rotary embedding; the fields below rope_type count for "yarn" only (arXiv 2309.00071).
+    # Rotary embedding. rotary_scaling_factor and original_max_position_embeddings count for "yarn" (arXiv 2309.00071)
+    # and "llama3" (Llama 3.1's, with its low and high frequency factors 1 and 4), the fields below them for "yarn".
     rotary_base: float = 10000.0
-    rope_type: Literal["rope", "yarn"] = "rope"
+    rope_type: Literal["rope", "yarn", "llama3"] = "rope"
     rotary_scaling_factor: float = 40.0
     original_max_position_embeddings: int = 4096
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
+
+    @property
+    def is_dense_student(self) -> bool:
+        """Grouped-query attention, and an ordinary MLP in every layer."""
+        return self.architecture != "deepseek_v3"
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Layers with an ordinary MLP; they come first."""
+        return self.num_layers if self.is_dense_student else min(self.first_k_dense_replace, self.num_layers)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with experts, multi-token-prediction layers not counted."""
+        return self.num_layers - self.num_dense_layers
+
+    @property
+    def query_groups(self) -> int:
+        """Key-value heads of a dense student."""
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+
+    @property
+    def channels_per_head(self) -> int:
+        """Width of a query, key or value head of a dense student."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ _AT_LEAST_ONE = {
     "evaluate": ("samples_per_prompt",),
 }
 _AT_LEAST_ONE_OR_NULL = {
-    "model": ("q_lora_rank", "moe_router_num_groups", "moe_router_group_topk"),
+    "model": ("q_lora_rank", "num_query_groups", "head_dim", "moe_router_num_groups", "moe_router_group_topk"),
     "rollout": ("pipeline_groups",),
     "rl": ("reference_refresh_steps",),
     "train": ("lr_decay_steps", "recompute_num_layers"),
@@ -161,6 +161,9 @@ def _numbers(cfg: RunConfig) -> Iterator[str]:
 
 def _model(cfg: RunConfig) -> Iterator[str]:
     m = cfg.model
+    if m.is_dense_student:
+        yield from _dense_student(cfg)
+        return
     if m.qk_pos_emb_head_dim % 2:
         yield f"model.qk_pos_emb_head_dim={m.qk_pos_emb_head_dim} has to be even: rotary embedding turns pairs."
     if m.first_k_dense_replace > m.num_layers:
@@ -171,10 +174,36 @@ def _model(cfg: RunConfig) -> Iterator[str]:
             f"cannot go to more experts than there are."
         )
     yield from _router_groups(cfg)
+    if m.rope_type == "llama3":
+        yield (
+            "model.rope_type=llama3 belongs to the dense architectures (llama, qwen2, qwen3). Set rope or yarn with "
+            "model.architecture=deepseek_v3."
+        )
     if m.share_embeddings_and_output_weights and m.mtp_num_layers:
         yield (
             "model.share_embeddings_and_output_weights=true with model.mtp_num_layers > 0 is not supported: "
             "DeepSeek-V3 has separate embedding and head. Set one of them to false / 0."
+        )
+
+
+def _dense_student(cfg: RunConfig) -> Iterator[str]:
+    """Grouped-query attention; nothing of latent attention, experts or multi-token prediction is looked at."""
+    m = cfg.model
+    heads, groups = m.num_attention_heads, m.query_groups
+    if min(heads, groups) >= 1 and heads % groups:
+        yield f"model.num_attention_heads({heads}) do not divide into model.num_query_groups({groups})."
+    if m.head_dim is None and heads >= 1 and m.hidden_size % heads:
+        yield (
+            f"model.hidden_size({m.hidden_size}) does not divide over model.num_attention_heads({heads}). Set "
+            f"model.head_dim to the width of a head."
+        )
+    elif heads >= 1 and m.channels_per_head % 2:
+        what = "model.head_dim" if m.head_dim is not None else "model.hidden_size / model.num_attention_heads"
+        yield f"{what}={m.channels_per_head} has to be even: rotary embedding turns pairs."
+    if m.mtp_num_layers:
+        yield (
+            f"model.mtp_num_layers={m.mtp_num_layers} with model.architecture={m.architecture}: only deepseek_v3 has "
+            f"multi-token prediction. Set it to 0."
         )
 
 
@@ -229,6 +258,27 @@ def _model_on_ranks(cfg: RunConfig) -> Iterator[str]:
         size = getattr(m, name)
         if size % tp:
             yield f"model.{name}({size}) {what} do not divide over tp({tp}): {size} % {tp} = {size % tp}."
+    if p.context_parallel_size > 1:
+        yield (
+            f"parallel.context_parallel_size={p.context_parallel_size} is not supported: attention and rollout keep "
+            f"every sequence whole on one rank. Set it to 1; for long sequences raise tensor or pipeline parallel size."
+        )
+    if m.is_dense_student and m.query_groups % tp:
+        yield (
+            f"model.num_query_groups({m.query_groups}) do not divide over tp({tp}): a rank holds whole groups. Set "
+            f"parallel.tensor_model_parallel_size to a divisor of {m.query_groups}."
+        )
+    if m.num_moe_layers == 0:
+        for name, size in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
+            if size > 1:
+                yield (
+                    f"parallel.{name}={size}, but no layer of the model has experts (model.architecture="
+                    f"{m.architecture}, model.first_k_dense_replace={m.first_k_dense_replace} of model.num_layers="
+                    f"{m.num_layers}). Set it to 1."
+                )
+        if cfg.rollout.router_replay:
+            yield "rollout.router_replay=true, but no layer of the model has experts. Set it to false."
+        return
     shared = m.moe_shared_expert_intermediate_size
     if shared % tp:
         yield f"model.moe_shared_expert_intermediate_size({shared}) does not divide over tp({tp})."
@@ -239,11 +289,6 @@ def _model_on_ranks(cfg: RunConfig) -> Iterator[str]:
         )
     if m.moe_ffn_hidden_size % etp:
         yield f"model.moe_ffn_hidden_size({m.moe_ffn_hidden_size}) does not divide over etp({etp})."
-    if p.context_parallel_size > 1:
-        yield (
-            f"parallel.context_parallel_size={p.context_parallel_size} is not supported: attention and rollout keep "
-            f"every sequence whole on one rank. Set it to 1; for long sequences raise tensor or pipeline parallel size."
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
