@@ -6,14 +6,26 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from r1_megatron.checkpoint.naming import fused_expert_name, hugging_face_source
+from r1_megatron.checkpoint.naming import (
+    VOCABULARY,
+    Entry,
+    entries_by_name,
+    fused_expert_name,
+    halves_to_pairs,
+    hugging_face_shapes,
+)
+from r1_megatron.config.schema import ModelConfig
 from r1_megatron.model.parameters import GlobalParameter, global_parameters
 from r1_megatron.parallel.groups import ProcessGroups
 
 
 @torch.no_grad()
 def load_hugging_face(
-    chunks: Iterable[torch.nn.Module], groups: ProcessGroups, tensors: Mapping[str, torch.Tensor]
+    chunks: Iterable[torch.nn.Module],
+    groups: ProcessGroups,
+    tensors: Mapping[str, torch.Tensor],
+    model: ModelConfig,
+    rope_interleave: bool = True,
 ) -> None:
     """Fill every parameter and selection bias from ``tensors`` (Hugging Face names; per-expert or fused experts).
 
@@ -24,9 +36,8 @@ def load_hugging_face(
     for chunk in chunks:
         for parameter in global_parameters(chunk, groups, biases=True):
             try:
-                planned.append(
-                    (parameter, parameter.shard_of(whole_tensor(parameter, tensors, chunk.config.num_layers)))
-                )
+                whole = whole_tensor(parameter, tensors, model, rope_interleave)
+                planned.append((parameter, parameter.shard_of(whole)))
             except (KeyError, ValueError) as error:
                 problems.append(str(error.args[0]))
     if problems:
@@ -35,18 +46,41 @@ def load_hugging_face(
         parameter.tensor.copy_(shard)
 
 
-def whole_tensor(parameter: GlobalParameter, tensors: Mapping[str, torch.Tensor], num_layers: int) -> torch.Tensor:
-    """The whole megatron-core tensor, assembled from Hugging Face's. ``KeyError`` names what is missing."""
-    source = hugging_face_source(parameter.name, num_layers)
-    parts = [_hugging_face_tensor(name, tensors) for name in source.names]
-    full = torch.cat(parts) if len(parts) > 1 else parts[0]
+def whole_tensor(
+    parameter: GlobalParameter,
+    tensors: Mapping[str, torch.Tensor],
+    model: ModelConfig,
+    rope_interleave: bool = True,
+) -> torch.Tensor:
+    """The whole megatron-core tensor, assembled from Hugging Face's, a padded vocabulary's added rows zero.
+
+    Raises:
+        KeyError: names what is missing, or the parameter that the table does not have.
+        ValueError: names what has another shape.
+    """
+    table = entries_by_name(model, rope_interleave)
+    if parameter.name not in table:
+        raise KeyError(f"no Hugging Face name is known for {parameter.name!r}")
+    full = assemble(table[parameter.name], tensors)
     missing_rows = parameter.global_shape[0] - full.shape[0]
-    if source.pads_vocabulary and missing_rows > 0:
+    if parameter.name in VOCABULARY and missing_rows > 0:
         full = torch.cat([full, full.new_zeros(missing_rows, *full.shape[1:])])
     return full
 
 
-def _hugging_face_tensor(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def assemble(entry: Entry, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """One tensor of the table from Hugging Face's. ``KeyError``, ``ValueError``: missing, of another shape."""
+    shapes = hugging_face_shapes([entry])
+    parts = {name: _tensor_of(name, tensors) for name in shapes}
+    for name, part in parts.items():
+        if tuple(part.shape) != shapes[name]:
+            raise ValueError(f"{name}: expected shape {shapes[name]}, got {tuple(part.shape)}")
+    pieces = [parts[rows.name][rows.start : rows.stop] for rows in entry.rows]
+    pieces = [halves_to_pairs(piece) if rows.halves else piece for rows, piece in zip(entry.rows, pieces)]
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def _tensor_of(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if name in tensors:
         return tensors[name]
     fused = fused_expert_name(name)

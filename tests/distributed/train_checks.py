@@ -64,7 +64,7 @@ class Bench:
         return policy
 
     def load(self, policy: Policy, weights: str) -> None:
-        load_hugging_face(policy.chunks, self.groups, self.references["weights"][weights])
+        load_hugging_face(policy.chunks, self.groups, self.references["weights"][weights], policy.cfg.model)
         with torch.no_grad():
             for rows in _padded_head_rows(policy):
                 rows.fill_(1.0)
@@ -115,8 +115,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / (expected.norm() + 1e-12)).item()
 
 
-def expected_shard(parameter: GlobalParameter, tensors: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor:
-    return parameter.shard_of(whole_tensor(parameter, tensors, num_layers))
+def expected_shard(parameter: GlobalParameter, tensors: dict[str, torch.Tensor], model: ModelConfig) -> torch.Tensor:
+    return parameter.shard_of(whole_tensor(parameter, tensors, model))
 
 
 def gradient_error(policy: Policy, gradients: dict[str, torch.Tensor]) -> Answer:
@@ -124,7 +124,7 @@ def gradient_error(policy: Policy, gradients: dict[str, torch.Tensor]) -> Answer
     worst, name, count = 0.0, "", 0
     for chunk in policy.chunks:
         for parameter in global_parameters(chunk, policy.groups):
-            expected = expected_shard(parameter, gradients, policy.cfg.model.num_layers)
+            expected = expected_shard(parameter, gradients, policy.cfg.model)
             error = relative_error(parameter.tensor.main_grad, expected)
             count += 1
             if not error <= worst:  # NaN is worst
@@ -388,7 +388,7 @@ def _trajectory(bench: Bench, train: TrainConfig) -> Answer:
     with policy.gathered():
         for chunk in policy.chunks:
             for p in global_parameters(chunk, bench.groups):
-                goal, origin = (expected_shard(p, w, TINY.num_layers).double() for w in (expected["weights"], start))
+                goal, origin = (expected_shard(p, w, TINY).double() for w in (expected["weights"], start))
                 tensor = p.tensor.double()
                 if p.name == "output_layer.weight" and _padded_head_rows(policy):
                     real = p.tensor.shape[0] - _padded_head_rows(policy)[0].shape[0]
@@ -545,7 +545,7 @@ def bf16(bench: Bench) -> Answer:
     squares, norms = 0.0, 0.0
     for chunk in policy.chunks:
         for p in global_parameters(chunk, bench.groups):
-            goal = expected_shard(p, expected["gradients"], TINY.num_layers).double()
+            goal = expected_shard(p, expected["gradients"], TINY).double()
             squares += (p.tensor.main_grad.double() - goal).square().sum().item()
             norms += goal.square().sum().item()
     answer["gradient_error"] = (squares / norms) ** 0.5
