@@ -179,10 +179,9 @@ def _gated_mlp(megatron: str, hugging_face: str, width: int, hidden: int) -> lis
 def _layer(model: ModelConfig, has_experts: bool, rope_interleave: bool) -> list[Entry]:
     """One transformer layer; names are relative to the layer on both sides."""
     hidden = model.hidden_size
-    latent = model.architecture == "deepseek_v3"
     return [
         _same("input_layernorm.weight", "input_layernorm.weight", hidden),
-        *(_latent_attention(model, rope_interleave) if latent else _grouped_attention(model)),
+        *(_grouped_attention(model) if model.is_dense_student else _latent_attention(model, rope_interleave)),
         _same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", hidden),
         *(_experts(model) if has_experts else _gated_mlp("mlp", "mlp", model.ffn_hidden_size, hidden)),
     ]
@@ -227,7 +226,7 @@ def _latent_attention(model: ModelConfig, rope_interleave: bool) -> Iterator[Ent
 def _grouped_attention(model: ModelConfig) -> Iterator[Entry]:
     here, there = "self_attention.", "self_attn."
     hidden, heads = model.hidden_size, model.num_attention_heads
-    groups, width = model.num_query_groups or heads, model.head_dim or hidden // heads
+    groups, width = model.query_groups, model.channels_per_head
     queries = heads // groups * width
 
     def query_key_value(kind: str, *columns: int) -> Entry:
@@ -282,8 +281,8 @@ def _placed(layer: Iterable[Entry], here: str, there: str) -> Iterator[Entry]:
 
 
 def _has_experts(model: ModelConfig, layer: int) -> bool:
-    return model.architecture == "deepseek_v3" and layer >= model.first_k_dense_replace
+    return layer >= model.num_dense_layers
 
 
 def _num_mtp_layers(model: ModelConfig) -> int:
-    return model.mtp_num_layers if model.architecture == "deepseek_v3" else 0
+    return 0 if model.is_dense_student else model.mtp_num_layers
