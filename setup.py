@@ -192,6 +192,7 @@ setup(
         "numpy",
         "pyyaml",
         "sentencepiece",
+        "protobuf",
         "tokenizers",
         "safetensors",
         "jinja2",

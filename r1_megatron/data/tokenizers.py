@@ -118,6 +118,11 @@ class SentencePieceTokenizer:
             raise ValueError(f"tokenizer.eos_token: {name} has no end-of-sentence piece. Name the one that ends text.")
         return eos
 
+    @property
+    def model(self) -> bytes:
+        """The sentencepiece model, as its file holds it."""
+        return self._processor.serialized_model_proto()
+
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(_checked_text(text))
 
@@ -148,6 +153,7 @@ class HuggingFaceTokenizer:
 
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
+        self.folder = file.parent
         data = _read_file(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)  # pyright: ignore[reportAttributeAccessIssue]
