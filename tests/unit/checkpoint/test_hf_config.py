@@ -16,7 +16,8 @@ from r1_megatron.checkpoint.hf_config import hf_from_model, is_fp8, model_from_h
 from r1_megatron.checkpoint.matching import match_tensors
 from r1_megatron.checkpoint.naming import entries, hugging_face_shapes
 from r1_megatron.config.presets import PRESETS
-from r1_megatron.config.schema import ModelConfig
+from r1_megatron.config.schema import ModelConfig, RunConfig
+from r1_megatron.config.validate import validate_config
 from tests.unit.checkpoint.variants import DEEPSEEK, DENSE, MODELS, transformers_model
 
 YARN = {
@@ -192,6 +193,42 @@ def test_released_deepseek_v3() -> None:
     expected = ModelConfig(**PRESETS["deepseek_v3_671b"])
     assert is_fp8(DEEPSEEK_V3)
     assert comparable(replace(model, init_method_std=expected.init_method_std)) == comparable(expected)
+
+
+def test_released_moonlight() -> None:
+    """One group of experts, two shared ones, full-rank queries, no scaling, no multi-token prediction."""
+    expected = ModelConfig(**PRESETS["moonlight_16b_a3b"])
+    config = DEEPSEEK_V3 | {
+        "hidden_size": 2048,
+        "intermediate_size": 11264,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": 163840,
+        "max_position_embeddings": 8192,
+        "q_lora_rank": None,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 1408,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.446,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 50000.0,
+        "rope_scaling": None,
+        "num_nextn_predict_layers": 0,
+    }
+    del config["quantization_config"]
+    assert comparable(model_from_hf(config)) == comparable(expected)
+
+
+@pytest.mark.parametrize("config", [DEEPSEEK_V3, QWEN_15B, LLAMA_8B], ids=lambda config: config["model_type"])
+def test_released_models_can_be_trained(config: dict[str, Any]) -> None:
+    """The section that comes out is one that a run accepts."""
+    cfg = RunConfig(model=model_from_hf(config))
+    assert [problem for problem in validate_config(cfg, check_files=False) if problem.startswith("model.")] == []
 
 
 def test_released_students() -> None:
