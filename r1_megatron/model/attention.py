@@ -1,6 +1,7 @@
-"""Core attention for the local layers: causal, packed sequences, keys and values of different width.
+"""Core attention for the local layers: causal, packed sequences, keys and values of different width, grouped queries.
 
-Legend: T packed tokens, S tokens of one sequence, B sequences, N heads of this rank, K query/key width, V value width.
+Legend: T packed tokens, S tokens of one sequence, B sequences, N query heads of this rank, K query/key width, V value
+width. Keys and values may have fewer heads (G, a divisor of N): each serves N / G query heads in a row.
 """
 
 from __future__ import annotations
@@ -11,24 +12,25 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def causal_attention(q_BNSK: torch.Tensor, k_BNSK: torch.Tensor, v_BNSV: torch.Tensor, scale: float) -> torch.Tensor:
+def causal_attention(q_BNSK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSV: torch.Tensor, scale: float) -> torch.Tensor:
     """Scaled dot-product attention under a causal mask; answers ``[B, N, S, V]``.
 
     PyTorch's flash kernel wants one width for keys and values: narrower values are padded with zeros and cut again,
     which is still half the time of the general kernel (forward and backward, CPU).
     """
-    value_width, key_width = v_BNSV.shape[-1], q_BNSK.shape[-1]
+    value_width, key_width = v_BGSV.shape[-1], q_BNSK.shape[-1]
     if value_width < key_width:
-        v_BNSV = F.pad(v_BNSV, (0, key_width - value_width))
-    output = F.scaled_dot_product_attention(q_BNSK, k_BNSK, v_BNSV, is_causal=True, scale=scale)
+        v_BGSV = F.pad(v_BGSV, (0, key_width - value_width))
+    grouped = q_BNSK.shape[1] != k_BGSK.shape[1]
+    output = F.scaled_dot_product_attention(q_BNSK, k_BGSK, v_BGSV, is_causal=True, scale=scale, enable_gqa=grouped)
     return output[..., :value_width]
 
 
-def packed_causal_attention(q_TNK, k_TNK, v_TNV, lengths: tuple[int, ...], scale: float) -> torch.Tensor:
+def packed_causal_attention(q_TNK, k_TGK, v_TGV, lengths: tuple[int, ...], scale: float) -> torch.Tensor:
     """Each sequence of the pack attends to itself; answers ``[T, N, V]``. ``sum(lengths) == T``."""
     outputs = [
         causal_attention(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale)[0]
-        for q, k, v in zip(q_TNK.split(lengths), k_TNK.split(lengths), v_TNV.split(lengths))
+        for q, k, v in zip(q_TNK.split(lengths), k_TGK.split(lengths), v_TGV.split(lengths))
     ]
     return torch.cat([output.transpose(0, 1) for output in outputs])
 
@@ -44,7 +46,7 @@ def packed_lengths(packed: PackedSeqParams) -> tuple[int, ...]:
 class CausalAttention(torch.nn.Module):
     """megatron-core's ``core_attention`` interface over the functions above; it has no parameters and keeps no mask.
 
-    Packed input is ``[T, N, K]`` and answers ``[T, N * V]``; unpacked is ``[S, B, N, K]``, answering ``[S, B, N * V]``.
+    Packed queries are ``[T, N, K]``, the answer ``[T, N * V]``; unpacked ``[S, B, N, K]`` and ``[S, B, N * V]``.
     """
 
     def __init__(

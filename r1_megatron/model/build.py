@@ -6,13 +6,14 @@ import hashlib
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from r1_megatron.config.schema import RunConfig
-from r1_megatron.model.deepseek_v3 import chosen_experts, layer_specs, padded_vocab_size, transformer_config
+from r1_megatron.model import deepseek_v3, dense
 from r1_megatron.model.parameters import GlobalParameter, global_parameters
 from r1_megatron.model.policy_model import PolicyModel
 from r1_megatron.model.routing import number_routers
+from r1_megatron.model.transformer import padded_vocab_size
 from r1_megatron.parallel.device import cuda_type_names, has_transformer_engine
 from r1_megatron.parallel.groups import ProcessGroups
 
@@ -25,8 +26,9 @@ def build_model(cfg: RunConfig, groups: ProcessGroups, draw_weights: bool = True
     """
     # Its attention kernels know no float32.
     transformer_engine = groups.device.type == "cuda" and cfg.train.bf16 and has_transformer_engine()
-    experts = chosen_experts(cfg.train, groups.device.type, transformer_engine)
-    config = transformer_config(cfg.model, cfg.parallel, cfg.train, transformer_engine, experts)
+    experts = deepseek_v3.chosen_experts(cfg.train, groups.device.type, transformer_engine)
+    architecture = dense if cfg.model.is_dense_student else deepseek_v3
+    config = architecture.transformer_config(cfg.model, cfg.parallel, cfg.train, transformer_engine, experts)
     topology = groups.topology
     vpp = topology.vpp if topology.vpp > 1 else None
     vocab = padded_vocab_size(cfg.model.vocab_size, topology.tp)
@@ -34,7 +36,7 @@ def build_model(cfg: RunConfig, groups: ProcessGroups, draw_weights: bool = True
     for stage in range(vpp or 1):
         vp_stage = stage if vpp else None
         where = {"ignore_virtual": vpp is None, "vp_stage": vp_stage}
-        block, mtp = layer_specs(config, transformer_engine, experts, vp_stage)
+        block, mtp = architecture.layer_specs(cfg.model, config, transformer_engine, experts, vp_stage)
         with cuda_type_names():  # shared embeddings are sent with .cuda()
             chunk = PolicyModel(
                 config=config,
@@ -72,7 +74,7 @@ def mark_expert_parameters(chunk: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def initialize_weights(chunk: torch.nn.Module, config: MLATransformerConfig, groups: ProcessGroups, seed: int) -> None:
+def initialize_weights(chunk: torch.nn.Module, config: TransformerConfig, groups: ProcessGroups, seed: int) -> None:
     """Normal(0, std) matrices, scaled by 1/sqrt(2 layers) into the residual stream (Megatron's rule); norms are ones.
 
     The whole tensor is drawn and this rank's shard kept: each layout, and each tensor-parallel rank, sees one model.

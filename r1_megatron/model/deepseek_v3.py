@@ -13,9 +13,8 @@ Facts that took care (checked against Transformers' DeepseekV3 in float64):
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Literal
+from typing import Any
 
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
@@ -26,15 +25,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from r1_megatron.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from r1_megatron.model.attention import CausalAttention
 from r1_megatron.model.experts import GroupedExperts
 from r1_megatron.model.latent_attention import LatentAttention
 from r1_megatron.model.multi_token import PackedMultiTokenPredictionLayer
 from r1_megatron.model.norm import RMSNorm
 from r1_megatron.model.routing import PackedRouter
-from r1_megatron.topology import Topology
-
-Experts = Literal["grouped", "sequential", "transformer_engine"]
+from r1_megatron.model.transformer import Experts, shared_fields, use_local_modules, yarn_mscale
 
 
 def chosen_experts(train: TrainConfig, device: str, transformer_engine: bool) -> Experts:
@@ -60,11 +56,6 @@ def chosen_experts(train: TrainConfig, device: str, transformer_engine: bool) ->
     return experts
 
 
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """The vocabulary rounded up to a multiple of the tensor-parallel size; the added columns are masked everywhere."""
-    return -(-vocab_size // tp) * tp
-
-
 def transformer_config(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -73,10 +64,6 @@ def transformer_config(
     experts: Experts = "grouped",
 ) -> MLATransformerConfig:
     """megatron-core's configuration of one rank's model."""
-    dtype = torch.bfloat16 if train.bf16 else torch.float32
-    vpp = parallel.virtual_pipeline_model_parallel_size
-    vpp = vpp if vpp and vpp > 1 else None
-    dense = model.first_k_dense_replace
     yarn = {}
     if model.rope_type == "yarn":
         yarn = {
@@ -84,45 +71,14 @@ def transformer_config(
             "original_max_position_embeddings": model.original_max_position_embeddings,
             "beta_fast": model.beta_fast,
             "beta_slow": model.beta_slow,
-            "mscale": model.mscale,
+            "mscale": yarn_mscale(model),
             "mscale_all_dim": model.mscale_all_dim,
         }
-    recompute = {}
-    if train.recompute_granularity == "full":
-        recompute = {
-            "recompute_granularity": "full",
-            "recompute_method": train.recompute_method,
-            "recompute_num_layers": train.recompute_num_layers,
-        }
-    elif train.recompute_granularity == "selective":
-        modules = list(train.recompute_modules)
-        if experts == "grouped" and "moe_act" in modules:
-            modules.remove("moe_act")  # they never keep it
-        if modules:
-            recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
-    stages = {}
-    if parallel.pipeline_model_parallel_layout is not None:
-        stages["pipeline_model_parallel_layout"] = parallel.pipeline_model_parallel_layout
-    else:
-        stages["num_layers_in_first_pipeline_stage"] = parallel.num_layers_in_first_pipeline_stage
-        stages["num_layers_in_last_pipeline_stage"] = parallel.num_layers_in_last_pipeline_stage
     return MLATransformerConfig(
-        # shape
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        kv_channels=model.v_head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.layernorm_epsilon,
-        qk_layernorm=True,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method_std=model.init_method_std,
+        **shared_fields(model, parallel, train, transformer_engine, experts),
         # multi-head latent attention
+        kv_channels=model.v_head_dim,
+        qk_layernorm=True,
         q_lora_rank=model.q_lora_rank,
         kv_lora_rank=model.kv_lora_rank,
         qk_head_dim=model.qk_head_dim,
@@ -130,14 +86,21 @@ def transformer_config(
         v_head_dim=model.v_head_dim,
         rope_type=model.rope_type,
         rotary_base=model.rotary_base,
-        apply_rope_fusion=False,
-        attention_softmax_in_fp32=True,
         **yarn,
-        # mixture of experts
+        **(_experts(model, experts) if model.num_moe_layers else {}),
+        # multi-token prediction
+        mtp_num_layers=model.mtp_num_layers or None,
+        mtp_loss_scaling_factor=model.mtp_loss_scaling_factor if model.mtp_num_layers else None,
+    )
+
+
+def _experts(model: ModelConfig, experts: Experts) -> dict[str, Any]:
+    """The fields about mixture of experts."""
+    return dict(
         num_moe_experts=model.num_moe_experts,
         moe_ffn_hidden_size=model.moe_ffn_hidden_size,
         moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size or None,
-        moe_layer_freq=[0] * dense + [1] * (model.num_layers - dense),
+        moe_layer_freq=[0] * model.num_dense_layers + [1] * model.num_moe_layers,
         moe_router_topk=model.moe_router_topk,
         moe_router_score_function="sigmoid",
         moe_router_dtype="fp32",
@@ -150,47 +113,27 @@ def transformer_config(
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=experts == "transformer_engine",
-        # multi-token prediction
-        mtp_num_layers=model.mtp_num_layers or None,
-        mtp_loss_scaling_factor=model.mtp_loss_scaling_factor if model.mtp_num_layers else None,
-        # parallel layout
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=vpp,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        sequence_parallel=parallel.tensor_model_parallel_size > 1,
-        variable_seq_lengths=True,
-        batch_p2p_comm=False,
-        # Interleaving with variable lengths aborts without it; a layout string can imply interleaving.
-        overlap_p2p_comm=Topology.from_config(parallel).vpp > 1,
-        **stages,
-        # numerics
-        bf16=train.bf16,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=transformer_engine,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        **recompute,
     )
 
 
-def layer_specs(config: MLATransformerConfig, transformer_engine: bool, experts: Experts, vp_stage: int | None):
+def layer_specs(
+    model: ModelConfig,
+    config: MLATransformerConfig,
+    transformer_engine: bool,
+    experts: Experts,
+    vp_stage: int | None,
+):
     """The decoder block's spec for one chunk, and the multi-token-prediction block's where the chunk holds it."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
     )
-    block.layer_specs = [_our_layer(spec, transformer_engine, experts) for spec in block.layer_specs]
+    block.layer_specs = [_our_layer(spec, model, transformer_engine, experts) for spec in block.layer_specs]
     if not transformer_engine:
         block.layer_norm = RMSNorm
     mtp = None
     if config.mtp_num_layers:
         last = get_gpt_decoder_layer_specs(config, transformer_engine, normalization="RMSNorm")[-1]
-        last = _our_layer(last, transformer_engine, experts)
+        last = _our_layer(last, model, transformer_engine, experts)
         mtp = get_gpt_mtp_block_spec(config, last, use_transformer_engine=transformer_engine, vp_stage=vp_stage)
         for layer in [] if mtp is None else mtp.layer_specs:
             layer.module = PackedMultiTokenPredictionLayer
@@ -199,19 +142,19 @@ def layer_specs(config: MLATransformerConfig, transformer_engine: bool, experts:
     return block, mtp
 
 
-def _our_layer(spec, transformer_engine: bool, experts: Experts):
+def _our_layer(spec: ModuleSpec, model: ModelConfig, transformer_engine: bool, experts: Experts) -> ModuleSpec:
     """One transformer layer's spec with our attention, router, experts, norm and replicated down projections."""
     spec = deepcopy(spec)
     layer = spec.submodules
-    layer.self_attention.module = LatentAttention
+    attention = layer.self_attention
+    attention.module = LatentAttention
+    attention.params = {**attention.params, "attention_bias": model.attention_bias}
     if hasattr(layer.mlp.submodules, "router"):
         layer.mlp.submodules.router = PackedRouter
         if experts == "grouped":
             layer.mlp.submodules.experts = ModuleSpec(module=GroupedExperts)
     if not transformer_engine:
-        attention = layer.self_attention.submodules
-        attention.core_attention = CausalAttention
-        attention.linear_q_down_proj = attention.linear_kv_down_proj = ReplicatedLinear
-        attention.q_layernorm = attention.kv_layernorm = RMSNorm
-        layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+        use_local_modules(layer)
+        attention.submodules.linear_q_down_proj = attention.submodules.linear_kv_down_proj = ReplicatedLinear
+        attention.submodules.q_layernorm = attention.submodules.kv_layernorm = RMSNorm
     return spec

@@ -15,74 +15,82 @@ P ``qk_pos_emb_head_dim``, N ``qk_head_dim``, V ``v_head_dim``, L cached positio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.post_training.modelopt.layers import Linear as ReplicatedLinear
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from r1_megatron.model.generation import StepContext, gather_rows, scores_float32
+from r1_megatron.model.transformer import output_projection_with_bias
 
-@dataclass(frozen=True)
-class StepContext:
-    """What all layers need to know about one forward of generation; built once per step.
-
-    Rows are tokens of different sequences: ``num_decode`` decode tokens, one a sequence, whose cache slots are
-    ``[first_slot, first_slot + num_decode)`` in this order; then the prompts, packed; then padding up to ``num_rows``,
-    which is a multiple of the tensor-parallel size.
-
-    Attributes:
-        latents: the cache by global layer number, each ``[slots, max_len, R + P]``.
-        cache_rows: int64 ``[D + U]``, the row ``slot * max_len + position`` that each token's latent is written to.
-        num_cached: L, positions that decode tokens look back on, their own included (the longest of them).
-        decode_bias: float32 ``[D, 1, L]``, zero where a decode token may look and -inf behind its position.
-        cos, sin: ``[T, 1, P / 2]`` in the model's dtype, by position, the YaRN factor included.
-        prompts: the packed prompts, or ``None``.
-    """
-
-    num_rows: int
-    num_decode: int
-    num_prompt_tokens: int
-    first_slot: int
-    num_cached: int
-    latents: dict[int, torch.Tensor]
-    cache_rows: torch.Tensor
-    decode_bias: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-    prompts: PackedSeqParams | None
-
-    # The questions megatron-core's layers may ask an inference context.
-    def is_static_batching(self) -> bool:
-        return False
-
-    def is_dynamic_batching(self) -> bool:
-        return True
-
-    def is_decode_only(self) -> bool:
-        return self.prompts is None
-
-    def using_cuda_graph_this_step(self) -> bool:
-        return False
-
-
-def pack_prompts(lengths: tuple[int, ...], device: torch.device) -> PackedSeqParams | None:
-    """Packed-sequence parameters of prompts of these lengths; ``None`` without prompts."""
-    if not lengths:
-        return None
-    bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
-    longest = max(lengths)
-    packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
-    packed.lengths = lengths  # saves the core attention a wait for the device, see model/attention.py
-    return packed
+# Of the norms of the low-rank query and of the latent, whatever the model's own (DeepSeek's and Transformers' modelling
+# files leave these two at their default).
+LATENT_NORM_EPSILON = 1e-6
 
 
 class LatentAttention(MLASelfAttention):
-    """megatron-core's MLA, unchanged for training; with a :class:`StepContext` it runs one step of generation."""
+    """megatron-core's MLA, the same function in training; with a :class:`StepContext` it runs one step of generation.
+
+    ``attention_bias`` adds biases to both down projections and to the output projection, which megatron-core's has not.
+    """
+
+    def __init__(
+        self,
+        config: MLATransformerConfig,
+        submodules: MLASelfAttentionSubmodules,
+        layer_number: int,
+        *args: Any,
+        attention_bias: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+        for module in (self.linear_kv_up_proj, self.kv_layernorm, *self._of_low_rank_query()):
+            if hasattr(module, "eps"):  # Transformer Engine's norms sit in the projections behind them
+                module.eps = LATENT_NORM_EPSILON
+        if attention_bias:
+            if config.q_lora_rank is not None:
+                self.linear_q_down_proj = self._down_projection_with_bias(
+                    submodules.linear_q_down_proj, config.q_lora_rank, "q_down_proj"
+                )
+            self.linear_kv_down_proj = self._down_projection_with_bias(
+                submodules.linear_kv_down_proj, config.kv_lora_rank + config.qk_pos_emb_head_dim, "kv_down_proj"
+            )
+            self.linear_proj = output_projection_with_bias(self, submodules.linear_proj)
+
+    def _of_low_rank_query(self) -> tuple[torch.nn.Module, ...]:
+        return () if self.config.q_lora_rank is None else (self.linear_q_up_proj, self.q_layernorm)
+
+    def _down_projection_with_bias(self, linear: Any, output_size: int, name: str) -> torch.nn.Module:
+        """A replicated projection ``[hidden, output_size]``, marked so that its gradients are summed as its weight's.
+
+        Transformer Engine's class wants its kind of parallelism said.
+        """
+        local = linear is ReplicatedLinear
+        place = {"gather_output": False, "tp_group": self.tp_group} if local else {"parallel_mode": "duplicated"}
+        return build_module(
+            linear,
+            self.config.hidden_size,
+            output_size,
+            config=self.config,
+            init_method=self.config.init_method,
+            bias=True,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name=name,
+            skip_weight_param_allocation=False,
+            **place,
+        )
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers kept of a token, the same on every tensor-parallel rank: R + P."""
+        return self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim
 
     def rotary_tables(self, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each ``[max_len, 1, P / 2]``, in the model's dtype as the training forward rounds them."""
@@ -110,7 +118,7 @@ class LatentAttention(MLASelfAttention):
         latent_TW = torch.cat([self._norm_latent(latent_TW[:, :rank]), rotated[:, heads]], -1)
         q_nope_THN, q_rope_THP = q_THK[..., :nope], rotated[:, :heads]
 
-        cache = step.latents[self.layer_number]
+        cache = step.cache[self.layer_number]
         cache.view(-1, cache.shape[-1]).index_copy_(0, step.cache_rows, latent_TW[:tokens])
         parts = []
         if decode:
@@ -131,18 +139,17 @@ class LatentAttention(MLASelfAttention):
         sequence_parallel = cfg.sequence_parallel and self.tp_group.size() > 1
         if cfg.q_lora_rank is None:
             query = gather_rows(hidden, self.tp_group) if sequence_parallel else hidden
-            return query, F.linear(query, self.linear_kv_down_proj.weight)
-        query = F.linear(hidden, self.linear_q_down_proj.weight)
-        latent = F.linear(hidden, self.linear_kv_down_proj.weight)
+            return query, self.linear_kv_down_proj(query)[0]
+        query, latent = self.linear_q_down_proj(hidden)[0], self.linear_kv_down_proj(hidden)[0]
         assert query.shape[-1] == cfg.q_lora_rank, "generation needs replicated down-projections"
-        query = norm_before(self.linear_q_up_proj, self.q_layernorm, query, cfg)
+        query = norm_before(self.linear_q_up_proj, self.q_layernorm, query)
         if sequence_parallel:
             both = gather_rows(torch.cat([query, latent], -1), self.tp_group)
             query, latent = both.split([query.shape[-1], latent.shape[-1]], -1)
         return query, latent
 
     def _norm_latent(self, latent: torch.Tensor) -> torch.Tensor:
-        return norm_before(self.linear_kv_up_proj, self.kv_layernorm, latent, self.config)
+        return norm_before(self.linear_kv_up_proj, self.kv_layernorm, latent)
 
     def _up_projection(self) -> torch.Tensor:
         """``[H, N + V, R]``: a view of the live training weight."""
@@ -186,32 +193,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1)
 
 
-def norm_before(projection, norm, x: torch.Tensor, config) -> torch.Tensor:
+def norm_before(projection, norm, x: torch.Tensor) -> torch.Tensor:
     """The RMSNorm in front of an up-projection. Transformer Engine fuses it into the projection (and ``norm`` is the
     identity); its weight is then ``projection.layer_norm_weight``."""
     weight = getattr(projection, "layer_norm_weight", None)
-    if weight is None:
-        return norm(x)
-    if config.layernorm_zero_centered_gamma:
-        weight = weight + 1
-    return F.rms_norm(x, (x.shape[-1],), weight, config.layernorm_epsilon)
-
-
-def scores_float32(q_DHW, k_DLW, scale: float, bias_D1L) -> torch.Tensor:
-    """``scale * q . k + bias`` in float32, ``[D, H, L]``, whatever the inputs' dtype.
-
-    Rounding the scores to bfloat16 would move a probability by percents, which the fused training attention does not.
-    """
-    k_DWL = k_DLW.transpose(1, 2)
-    if q_DHW.dtype == torch.float32:
-        return torch.baddbmm(bias_D1L, q_DHW, k_DWL, alpha=scale)
-    if q_DHW.is_cuda:
-        return torch.bmm(q_DHW, k_DWL, out_dtype=torch.float32).mul_(scale).add_(bias_D1L)
-    return torch.baddbmm(bias_D1L, q_DHW.float(), k_DWL.float(), alpha=scale)
-
-
-def gather_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """All ranks' rows, in rank order: the inverse of sequence parallelism's scatter."""
-    output = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(output, x.contiguous(), group=group)
-    return output
+    return norm(x) if weight is None else F.rms_norm(x, (x.shape[-1],), weight, LATENT_NORM_EPSILON)

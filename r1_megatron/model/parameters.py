@@ -67,7 +67,7 @@ class GlobalParameter:
 def global_parameters(chunk: torch.nn.Module, groups: ProcessGroups, biases: bool = False) -> Iterator[GlobalParameter]:
     """All parameters of a chunk; with ``biases`` also the routers' selection biases (buffers, fp32)."""
     numbers = {index: layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
-    experts_per_rank = chunk.config.num_moe_experts // groups.topology.ep
+    experts_per_rank = (chunk.config.num_moe_experts or 0) // groups.topology.ep
     first_expert = groups.ep.rank() * experts_per_rank
     tensors = list(chunk.named_parameters())
     if biases:

@@ -1,7 +1,10 @@
 """The router of a mixture-of-experts layer: DeepSeek-V3's on packed sequences, recorded and replayed.
 
-megatron-core's ``TopKRouter`` does the scores, the group-limited selection and the gates. Three things differ here:
+megatron-core's ``TopKRouter`` does the scores and the gates. Here differ:
 
+* **Group-limited selection** scores a group by its best two experts, whatever the counts, as DeepSeek-V3's own
+  inference code and Transformers' ``DeepseekV3TopkRouter`` do. megatron-core takes the best ``topk // group_topk``,
+  which is two for DeepSeek-V3's own counts only.
 * **Replay.** The experts a token met while it was sampled are met again in training, so that the rollout and the
   training forward are the same function (R3, arXiv 2510.11370). megatron-core's own replay breaks under pipelining
   with recompute; here each router queues what a checkpointed forward used and its recomputation takes it back.
@@ -89,10 +92,26 @@ class RouterReplay:
         if plan is not None and plan.experts is not None and self.column is not None:
             indices = plan.experts[:, self.column]
             return scores.gather(1, indices), indices
-        chosen, indices = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        chosen, indices = best_experts(scores, topk, num_groups, group_topk)
         if self.record:
             self.recorded = indices
         return chosen, indices
+
+
+def best_experts(
+    scores_TE: torch.Tensor, topk: int, num_groups: int | None, group_topk: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores, indices int64), each ``[T, K]``, of the best experts within the best ``group_topk`` groups.
+
+    A group is worth its two best experts' scores together. Without groups all experts compete.
+    """
+    if num_groups and group_topk and group_topk < num_groups:
+        grouped_TGe = scores_TE.unflatten(1, (num_groups, -1))
+        worth_TG = grouped_TGe.topk(2, dim=-1).values.sum(-1)
+        best_TG = torch.zeros_like(worth_TG, dtype=torch.bool)
+        best_TG.scatter_(1, worth_TG.topk(group_topk, dim=-1).indices, True)
+        scores_TE = grouped_TGe.masked_fill(~best_TG[..., None], -torch.inf).flatten(1)
+    return scores_TE.topk(topk, dim=-1)
 
 
 def _in_backward() -> bool:
@@ -108,9 +127,11 @@ class PackedRouter(TopKRouter):
         self.router_replay = RouterReplay()
 
     def routing(self, logits, padding_mask=None):
-        answer = super().routing(logits, padding_mask)
+        gates_TE, chosen_TE = super().routing(logits, padding_mask)
+        if self.topk == 1:  # megatron-core does not normalise a single gate
+            gates_TE = gates_TE / (gates_TE.sum(-1, keepdim=True) + 1e-20) * self.config.moe_router_topk_scaling_factor
         self.router_replay.finish()
-        return answer
+        return gates_TE, chosen_TE
 
     def _apply_seq_aux_loss(
         self, probs, scores_for_aux_loss, routing_map, seq_length, bsz, with_padding_mask=False

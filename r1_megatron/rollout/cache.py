@@ -1,9 +1,9 @@
-"""What generation remembers of the tokens it has seen: their latents in every local layer, and the experts they met.
+"""What generation remembers of the tokens it has seen: what every local layer keeps of them, and the experts they met.
 
-A *slot* is a run of ``max_len`` rows that belongs to one sequence. The cache holds ``kv_lora_rank +
-qk_pos_emb_head_dim`` numbers per token and layer, whatever the number of heads; under tensor parallelism every rank
-holds all of them. With routing recorded, the chosen experts lie in rows of the same slots, so that whatever moves a
-sequence (a shared prompt, a slot that is closed up) moves both.
+A *slot* is a run of ``max_len`` rows that belongs to one sequence. Latent attention keeps ``kv_lora_rank +
+qk_pos_emb_head_dim`` numbers per token and layer, whatever the number of heads, on every tensor-parallel rank; grouped
+attention keeps the rank's own key and value heads. With routing recorded, the chosen experts lie in rows of the same
+slots, so that whatever moves a sequence (a shared prompt, a slot that is closed up) moves both.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from r1_megatron.rollout.scheduler import Copy
 
 
-class LatentCache:
-    """Latents ``[num_layers, slots, max_len, width]`` and, if recorded, experts ``[slots, max_len, layers, topk]``.
+class TokenCache:
+    """Rows ``[num_layers, slots, max_len, width]`` and, if recorded, experts ``[slots, max_len, layers, topk]``.
 
     Args:
         layer_numbers: global numbers of the layers that this pipeline rank holds, over all of its chunks.
         num_slots: sequences at a time.
         max_len: tokens of a sequence, prompt included.
-        width: ``kv_lora_rank + qk_pos_emb_head_dim``.
+        width: numbers per token and layer, the attention module's ``cache_width``.
         routing_shape: ``(mixture-of-experts layers of this rank, experts per token)``, or ``None``.
         num_experts: decides the record's type, uint8 up to 256 experts, else int16.
     """
@@ -39,8 +39,8 @@ class LatentCache:
         num_experts: int = 0,
     ):
         self.num_slots, self.max_len = num_slots, max_len
-        self._latents = torch.zeros(len(layer_numbers), num_slots, max_len, width, dtype=dtype, device=device)
-        self.latents = dict(zip(layer_numbers, self._latents.unbind(0)))
+        self._rows = torch.zeros(len(layer_numbers), num_slots, max_len, width, dtype=dtype, device=device)
+        self.layers = dict(zip(layer_numbers, self._rows.unbind(0)))
         self.routing: torch.Tensor | None = None
         if routing_shape is not None:
             record_dtype = torch.uint8 if num_experts <= 256 else torch.int16
@@ -48,7 +48,7 @@ class LatentCache:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [self._latents] + ([] if self.routing is None else [self.routing])
+        tensors = [self._rows] + ([] if self.routing is None else [self.routing])
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def copy(self, copies: Sequence[Copy]) -> None:
@@ -58,9 +58,9 @@ class LatentCache:
             return
         assert not {copy.source for copy in copies} & {copy.target for copy in copies}, copies
         longest = max(copy.length for copy in copies)  # rows behind a sequence's length are never read
-        source = torch.tensor([copy.source for copy in copies], device=self._latents.device)
-        target = torch.tensor([copy.target for copy in copies], device=self._latents.device)
-        self._latents[:, target, :longest] = self._latents[:, source, :longest]
+        source = torch.tensor([copy.source for copy in copies], device=self._rows.device)
+        target = torch.tensor([copy.target for copy in copies], device=self._rows.device)
+        self._rows[:, target, :longest] = self._rows[:, source, :longest]
         if self.routing is not None:
             self.routing[target, :longest] = self.routing[source, :longest]
 

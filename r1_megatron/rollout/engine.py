@@ -34,11 +34,11 @@ import torch.nn.functional as F
 
 from r1_megatron.config.schema import RunConfig, SamplingConfig
 from r1_megatron.data.tokenizers import Tokenizer
-from r1_megatron.model.latent_attention import StepContext, gather_rows, pack_prompts
+from r1_megatron.model.generation import StepContext, gather_rows, pack_prompts
 from r1_megatron.model.routing import chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rollout.answers import Answers
-from r1_megatron.rollout.cache import LatentCache
+from r1_megatron.rollout.cache import TokenCache
 from r1_megatron.rollout.in_flight import InFlight, RolloutStopped
 from r1_megatron.rollout.pipeline import Pipeline
 from r1_megatron.rollout.requests import Call, check_call, make_requests
@@ -114,7 +114,7 @@ class Engine:
         self.metrics: dict[str, float] = {}
         self._layers = [layer for chunk in self.chunks for layer in chunk.decoder.layers]
         self._routers = [chunk_routers(chunk) for chunk in self.chunks]
-        self._cache: LatentCache | None = None
+        self._cache: TokenCache | None = None
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -200,11 +200,11 @@ class Engine:
             return
         cfg = self.config
         num_routers = sum(map(len, self._routers))
-        self._cache = LatentCache(
+        self._cache = TokenCache(
             [layer.layer_number for layer in self._layers],
             self.num_slots,
             self.max_len,
-            cfg.kv_lora_rank + cfg.qk_pos_emb_head_dim,
+            self._layers[0].self_attention.cache_width if self._layers else 0,
             cfg.params_dtype,
             self.groups.device,
             routing_shape=(num_routers, cfg.moe_router_topk) if self.record_routing else None,
@@ -363,7 +363,7 @@ class _Generation:
             num_prompt_tokens=num_tokens - num_decode,
             first_slot=lane.first_slot,
             num_cached=num_cached,
-            latents=self.cache.latents,
+            cache=self.cache.layers,
             cache_rows=cache_rows[:num_tokens],
             decode_bias=bias,
             cos=self.cos[positions],

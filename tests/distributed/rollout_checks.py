@@ -21,7 +21,7 @@ from r1_megatron.config.schema import (
 from r1_megatron.data.packing import equalise, plan_microbatches
 from r1_megatron.data.tokenizers import build_tokenizer
 from r1_megatron.model.build import build_model
-from r1_megatron.model.latent_attention import gather_rows
+from r1_megatron.model.generation import gather_rows
 from r1_megatron.model.routing import chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups, build_process_groups
 from r1_megatron.rollout import sampler

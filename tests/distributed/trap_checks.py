@@ -106,14 +106,14 @@ def padding_is_not_counted() -> None:
 
 def overlapped_p2p() -> None:
     """Interleaving with variable lengths and blocking sends."""
-    original = build.transformer_config
+    original = deepseek_v3.transformer_config
 
     def blocking(*args: Any, **kwargs: Any):
         config = original(*args, **kwargs)
         config.overlap_p2p_comm = False
         return config
 
-    build.transformer_config = blocking
+    deepseek_v3.transformer_config = blocking
 
 
 def run_without(remedy: str, parallel: ParallelConfig, path: str, check: str) -> dict[str, Any]:
