@@ -1,4 +1,6 @@
-"""The independent reference: Transformers' ``DeepseekV3ForCausalLM`` and autograd, float64, one sequence at a time.
+"""The independent reference: Transformers' own models and autograd, float64, one sequence at a time.
+
+``DeepseekV3ForCausalLM``, and for the dense students ``Qwen2ForCausalLM``, ``Qwen3ForCausalLM``, ``LlamaForCausalLM``.
 
 Nothing here knows about megatron, packing or parallelism, and nothing of ``r1_megatron`` is used but the nouns of its
 configuration. Tensors carry Transformers' names.
@@ -20,31 +22,74 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3DecoderLayer,
     DeepseekV3RMSNorm,
-    DeepseekV3RotaryEmbedding,
     DeepseekV3TopkRouter,
 )
 
 from r1_megatron.config.schema import ModelConfig
 
+DENSE: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
 
-def hf_config(model: ModelConfig) -> DeepseekV3Config:
+
+def hf_model(model: ModelConfig) -> PreTrainedModel:
+    """Transformers' model of our configuration, with its own random weights."""
+    kind = DeepseekV3ForCausalLM if model.architecture == "deepseek_v3" else DENSE[model.architecture][1]
+    return kind(hf_config(model))
+
+
+def hf_config(model: ModelConfig) -> PreTrainedConfig:
     """Our configuration in Transformers' words."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
-    if model.rope_type == "yarn":
+    if model.rope_type != "rope":
         rope = {
-            "rope_type": "yarn",
+            "rope_type": model.rope_type,
             "rope_theta": model.rotary_base,
             "factor": model.rotary_scaling_factor,
             "original_max_position_embeddings": model.original_max_position_embeddings,
+        }
+    if model.rope_type == "yarn":
+        rope |= {
             "beta_fast": model.beta_fast,
             "beta_slow": model.beta_slow,
             "mscale": model.mscale,
             "mscale_all_dim": model.mscale_all_dim,
         }
+    elif model.rope_type == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if model.architecture != "deepseek_v3":
+        return DENSE[model.architecture][0](
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.ffn_hidden_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_query_groups or model.num_attention_heads,
+            head_dim=model.head_dim or model.hidden_size // model.num_attention_heads,
+            max_position_embeddings=model.max_position_embeddings,
+            rms_norm_eps=model.layernorm_epsilon,
+            tie_word_embeddings=model.share_embeddings_and_output_weights,
+            attention_bias=model.attention_bias,
+            rope_parameters=rope,
+            attn_implementation="sdpa",
+        )
     return DeepseekV3Config(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -71,7 +116,7 @@ def hf_config(model: ModelConfig) -> DeepseekV3Config:
         tie_word_embeddings=model.share_embeddings_and_output_weights,
         rope_parameters=rope,
         rope_interleave=True,
-        attention_bias=False,
+        attention_bias=model.attention_bias,
         num_mtp_layers=0,
         attn_implementation="sdpa",
         experts_implementation="eager",
@@ -81,7 +126,8 @@ def hf_config(model: ModelConfig) -> DeepseekV3Config:
 class MultiTokenPredictor(nn.Module):
     """One multi-token-prediction module (DeepSeek-V3, equations 21-25), from Transformers' own layer.
 
-    Its names below ``model.layers.<num_layers>.`` are those of DeepSeek's released checkpoint.
+    Its names below ``model.layers.<num_layers>.`` are those of DeepSeek's released checkpoint. ``layer_index`` decides
+    whether its layer has experts: as the last layer of the model.
     """
 
     def __init__(self, config: DeepseekV3Config, layer_index: int):
@@ -112,24 +158,27 @@ class Forward:
 
 
 class Oracle(nn.Module):
-    """A DeepSeek-V3 with random weights that hide nothing: norms differ from one, selection biases from zero."""
+    """A model with random weights that hide nothing: norms differ from one, biases and selection biases from zero."""
 
     def __init__(self, model: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64):
         super().__init__()
-        self.config, config = model, hf_config(model)
+        self.config = model
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.causal_lm = DeepseekV3ForCausalLM(config).to(dtype).eval()
-            self.predictor = MultiTokenPredictor(config, model.num_layers) if model.mtp_num_layers else None
+            self.causal_lm = hf_model(model).to(dtype).eval()
+            self.predictor = (
+                MultiTokenPredictor(self.causal_lm.config, model.num_layers - 1) if model.mtp_num_layers else None
+            )
         if self.predictor is not None:
             self.predictor.to(dtype).eval()
         randomise(self, seed + 1)
         self._forced: list[torch.Tensor] | None = None
         self._seen = Forward(torch.empty(0), None)
         for module in self.modules():
-            if isinstance(module, DeepseekV3RMSNorm):
+            kind = type(module).__name__
+            if kind.endswith("RMSNorm"):
                 module.forward = _norm.__get__(module)
-            elif isinstance(module, DeepseekV3RotaryEmbedding):
+            elif kind.endswith("RotaryEmbedding"):
                 module.forward = _angles.__get__(module)
             elif isinstance(module, DeepseekV3TopkRouter):
                 module.forward = self._router(module)
@@ -204,17 +253,17 @@ def randomise(oracle: nn.Module, seed: int) -> None:
             if "norm" in name:
                 normal(parameter, 1.0, 0.2)
             else:
-                normal(parameter, 0.0, 0.5 if "embed" in name else parameter.shape[-1] ** -0.5)
+                normal(parameter, 0.0, 0.5 if "embed" in name else max(parameter.shape[-1], 1) ** -0.5)
         for name, buffer in oracle.named_buffers():
             if "e_score_correction_bias" in name:
                 normal(buffer, 0.0, 0.3)
 
 
-def _norm(self: DeepseekV3RMSNorm, x: torch.Tensor) -> torch.Tensor:
+def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 
-def _angles(self: DeepseekV3RotaryEmbedding, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+def _angles(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
     angles = position_ids[..., None].to(x.dtype) * self.inv_freq.to(x.dtype)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling

@@ -21,6 +21,8 @@ from r1_megatron.topology import validate as parallel_problems
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 # Names that megatron-core 0.16.1 only defines with Transformer Engine, or that need its grouped expert kernels.
 RECOMPUTE_MODULES_CUDA = ("core_attn", "layernorm")
+# Names of parts that dense students do not have.
+RECOMPUTE_MODULES_DEEPSEEK = ("mla_up_proj", "moe", "moe_act", "shared_experts")
 PROCEDURAL = ("chain_sum", "countdown")
 
 
@@ -179,11 +181,6 @@ def _model(cfg: RunConfig) -> Iterator[str]:
             "model.rope_type=llama3 belongs to the dense architectures (llama, qwen2, qwen3). Set rope or yarn with "
             "model.architecture=deepseek_v3."
         )
-    if m.share_embeddings_and_output_weights and m.mtp_num_layers:
-        yield (
-            "model.share_embeddings_and_output_weights=true with model.mtp_num_layers > 0 is not supported: "
-            "DeepSeek-V3 has separate embedding and head. Set one of them to false / 0."
-        )
 
 
 def _dense_student(cfg: RunConfig) -> Iterator[str]:
@@ -235,17 +232,11 @@ def _router_groups(cfg: RunConfig) -> Iterator[str]:
             f"model.moe_router_topk({topk}) experts do not fit in moe_router_group_topk({chosen}) groups of "
             f"num_moe_experts({experts}) / moe_router_num_groups({groups}) = {experts // groups} experts."
         )
-    if topk % chosen:
+    if chosen < groups and experts // groups < 2:
         yield (
-            f"model.moe_router_topk({topk}) has to be a multiple of model.moe_router_group_topk({chosen}): a group is "
-            f"scored by its best topk / group_topk experts."
-        )
-    elif chosen < groups and topk // chosen != 2:
-        yield (
-            f"model.moe_router_topk({topk}) / model.moe_router_group_topk({chosen}) = {topk // chosen}, but has to "
-            f"be 2: megatron-core scores a group by its best topk / group_topk experts, DeepSeek-V3 and Transformers "
-            f"by the best 2. Set model.moe_router_topk={2 * chosen}, or model.moe_router_num_groups and "
-            f"model.moe_router_group_topk to null."
+            f"model.moe_router_num_groups({groups}) leaves {experts // groups} of num_moe_experts({experts}) to a "
+            "group, but a group is scored by its best 2 experts. Set fewer groups, or moe_router_num_groups and "
+            "moe_router_group_topk to null."
         )
 
 
@@ -488,6 +479,13 @@ def _recompute(cfg: RunConfig) -> Iterator[str]:
         unknown = [name for name in t.recompute_modules if name not in RECOMPUTE_MODULES]
         if unknown:
             yield f"train.recompute_modules: {unknown} are not among {', '.join(RECOMPUTE_MODULES)}."
+        if cfg.model.is_dense_student:
+            foreign = [name for name in t.recompute_modules if name in RECOMPUTE_MODULES_DEEPSEEK]
+            if foreign:
+                yield (
+                    f"train.recompute_modules: {foreign} belong to experts and latent attention, which "
+                    f"model.architecture={cfg.model.architecture} has not. On every device there is: mlp."
+                )
         needs_cuda = [name for name in t.recompute_modules if name in RECOMPUTE_MODULES_CUDA]
         if needs_cuda and not (cfg.parallel.device == "cuda" and t.bf16):
             yield (

@@ -111,7 +111,6 @@ def _experts(model: ModelConfig, experts: Experts) -> dict[str, Any]:
         moe_router_topk_scaling_factor=model.moe_router_topk_scaling_factor,
         moe_router_load_balancing_type="seq_aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=experts == "transformer_engine",
     )
 

@@ -32,6 +32,11 @@ class PolicyModel(GPTModel):
         self.real_vocab_size = real_vocab_size
         self._labels: torch.Tensor | None = None
         self._head: Head | None = None
+        if self.share_embeddings_and_output_weights and self.mtp_process and self.post_process and not self.pre_process:
+            # The embedding of the multi-token-prediction layer is the head here, too. megatron-core means it so, but
+            # allocates a head nobody uses, and drops what the look-up adds to a gradient that the head has summed.
+            self.output_layer.weight = None
+            self.embedding.word_embeddings.weight.zero_out_wgrad = True
         if self.post_process:
             self._logits = self.output_layer.forward
             self.output_layer.forward = self._hidden_states_or_logits

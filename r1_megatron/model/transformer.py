@@ -57,6 +57,7 @@ def shared_fields(
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=parallel.tensor_model_parallel_size > 1,
         variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the other one forbids variable lengths, without experts too
         batch_p2p_comm=False,
         # Interleaving with variable lengths aborts without it; a layout string can imply interleaving.
         overlap_p2p_comm=Topology.from_config(parallel).vpp > 1,

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DeepseekV3ForCausalLM
 
 from tests import oracle as o
 from tests.tiny import TINY, TINY_FULL_RANK_QUERY, TINY_MTP, TINY_ROPE
@@ -23,7 +22,7 @@ MODELS = {
 def test_is_transformers_model(name: str) -> None:
     """The float64 norms, router and angles change nothing beyond what float32 rounds."""
     oracle = o.Oracle(MODELS[name])
-    plain = DeepseekV3ForCausalLM(o.hf_config(MODELS[name])).double().eval()
+    plain = o.hf_model(MODELS[name]).double().eval()
     plain.load_state_dict(oracle.causal_lm.state_dict())
     tokens = o.sequences().tokens[0]
     with torch.no_grad():

@@ -53,9 +53,37 @@ CASES = [
     (["model.moe_router_num_groups=3"], r"num_moe_experts\(8\) does not divide into model.moe_router_num_groups\(3\)"),
     (["model.moe_router_group_topk=5"], r"group_topk\(5\) exceeds model.moe_router_num_groups\(4\)"),
     (["model.moe_router_topk=6", "model.moe_router_group_topk=2"], r"topk\(6\) experts do not fit"),
-    (["model.moe_router_topk=3"], r"topk\(3\) has to be a multiple"),
-    (["model.moe_router_topk=2"], r"= 1, but has to be 2: .* Set model.moe_router_topk=4"),
-    (["model.share_embeddings_and_output_weights=true", "model.mtp_num_layers=1"], r"not supported"),
+    (["model.moe_router_num_groups=8"], r"leaves 1 of num_moe_experts\(8\) to a group"),
+    (["model.rope_type=llama3"], r"rope_type=llama3 belongs to the dense architectures"),
+    # dense students
+    (["model.architecture=qwen2", "model.num_query_groups=3"], r"num_attention_heads\(4\) do not divide into .*\(3\)"),
+    (["model.architecture=qwen2", "model.hidden_size=66"], r"hidden_size\(66\) does not divide .* Set model.head_dim"),
+    (["model.architecture=llama", "model.head_dim=15"], r"model.head_dim=15 has to be even"),
+    (
+        ["model.architecture=llama", "model.hidden_size=60"],
+        r"hidden_size / model.num_attention_heads=15 has to be even",
+    ),
+    (
+        ["model.architecture=qwen3", "model.mtp_num_layers=1"],
+        r"only deepseek_v3 has multi-token prediction. Set it to 0",
+    ),
+    (["model.architecture=qwen3", "rollout.router_replay=true"], r"router_replay=true, but no layer .* has experts"),
+    (
+        ["model.architecture=qwen2", "model.num_query_groups=1", "parallel.tensor_model_parallel_size=2"],
+        r"num_query_groups\(1\) do not divide over tp\(2\).* divisor of 1",
+    ),
+    (
+        ["model.first_k_dense_replace=4", "parallel.expert_model_parallel_size=2", "parallel.data_parallel_size=2"],
+        r"expert_model_parallel_size=2, but no layer of the model has experts .*first_k_dense_replace=4 of .*=4\). Set",
+    ),
+    (
+        [
+            "model.architecture=qwen2",
+            "train.recompute_granularity=selective",
+            "train.recompute_modules=[moe,mla_up_proj,mlp]",
+        ],
+        r"\['moe', 'mla_up_proj'\] belong to experts and latent attention, .*architecture=qwen2 .*: mlp",
+    ),
     # model on ranks
     (
         ["parallel.tensor_model_parallel_size=8"],
