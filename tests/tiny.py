@@ -40,6 +40,8 @@ VARIANTS = {
     "few_experts": replace(
         TINY, moe_router_topk=2, q_lora_rank=None, attention_bias=True, mscale=0.0, mscale_all_dim=0.5
     ),
+    # The one gate is always the scaling factor.
+    "one_expert": replace(TINY, moe_router_topk=1, moe_router_num_groups=None, moe_router_group_topk=None),
     "no_experts": replace(TINY, first_k_dense_replace=4, mtp_num_layers=1, attention_bias=True),
     "tied_mtp": replace(TINY_MTP, share_embeddings_and_output_weights=True),
     "qwen2": replace(STUDENT, share_embeddings_and_output_weights=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from r1_megatron.data.packing import equalise, plan_microbatches
 from r1_megatron.data.tokenizers import build_tokenizer
 from r1_megatron.model.build import build_model
 from r1_megatron.model.generation import gather_rows
+from r1_megatron.model.parameters import global_parameters
 from r1_megatron.model.routing import chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups, build_process_groups
 from r1_megatron.rollout import sampler
@@ -84,8 +86,19 @@ def setup(cfg: RunConfig) -> tuple[ProcessGroups, Policy, Engine]:
                 generator = torch.Generator().manual_seed(layer.layer_number)
                 bias = layer.mlp.router.expert_bias
                 bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
+        draw_biases(chunk, groups)
     policy = build_policy(cfg, groups, chunks)
     return groups, policy, build_engine(cfg, chunks, groups, build_tokenizer(cfg.tokenizer))
+
+
+@torch.no_grad()
+def draw_biases(chunk: torch.nn.Module, groups: ProcessGroups) -> None:
+    """Initial biases are zero: give each values that tell of its being forgotten, or added twice."""
+    for parameter in global_parameters(chunk, groups):
+        if parameter.name.endswith(".bias"):
+            generator = torch.Generator().manual_seed(zlib.crc32(parameter.name.encode()))
+            whole = 0.3 * torch.randn(parameter.global_shape, generator=generator)
+            parameter.tensor.copy_(parameter.shard_of(whole))
 
 
 def as_sample(rollout: Rollout, replay: bool) -> TrainSample:
@@ -249,7 +262,7 @@ def router_margin(logits: torch.Tensor, router: Any) -> float:
     margins = []
     if cfg.moe_router_group_topk:
         grouped = scores.view(len(scores), cfg.moe_router_num_groups, -1)
-        value = grouped.topk(cfg.moe_router_topk // cfg.moe_router_group_topk, -1).values.sum(-1)
+        value = grouped.topk(2, -1).values.sum(-1)
         ranked = value.sort(-1, descending=True).values
         k = cfg.moe_router_group_topk
         if k < ranked.shape[1]:

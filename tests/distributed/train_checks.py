@@ -360,7 +360,7 @@ def grpo(bench: Bench) -> Answer:
     return gradients_of(policy, bench.mine(samples), expected, PolicyObjective(cfg.rl, temperature=0.7))
 
 
-def _optimizer_config(**options: Any) -> TrainConfig:
+def optimizer_config(**options: Any) -> TrainConfig:
     """The settings of references.ADAMW."""
     return TrainConfig(
         steps=100,
@@ -373,9 +373,12 @@ def _optimizer_config(**options: Any) -> TrainConfig:
     )
 
 
-def _trajectory(bench: Bench, train: TrainConfig) -> Answer:
-    expected = bench.references["trajectory"]
-    policy = bench.policy(bench.config(TINY, train))
+def optimizer_trajectory(
+    bench: Bench, train: TrainConfig, model: ModelConfig = TINY, weights: str = "tiny", trajectory: str = "trajectory"
+) -> Answer:
+    """Five steps on the batch from the named weights, against a trajectory of the references."""
+    expected = bench.references[trajectory]
+    policy = bench.policy(bench.config(model, train), weights)
     samples = bench.mine(bench.samples())
     losses, norms = [], []
     for _ in expected["losses"]:
@@ -384,11 +387,11 @@ def _trajectory(bench: Bench, train: TrainConfig) -> Answer:
         losses.append(result.loss)
         norms.append(result.grad_norm)
     worst, name = 0.0, ""
-    start = bench.references["weights"]["tiny"]
+    start = bench.references["weights"][weights]
     with policy.gathered():
         for chunk in policy.chunks:
             for p in global_parameters(chunk, bench.groups):
-                goal, origin = (expected_shard(p, w, TINY).double() for w in (expected["weights"], start))
+                goal, origin = (expected_shard(p, w, model).double() for w in (expected["weights"], start))
                 tensor = p.tensor.double()
                 if p.name == "output_layer.weight" and _padded_head_rows(policy):
                     real = p.tensor.shape[0] - _padded_head_rows(policy)[0].shape[0]
@@ -407,23 +410,23 @@ def _trajectory(bench: Bench, train: TrainConfig) -> Answer:
 
 def trajectory(bench: Bench) -> Answer:
     """DistributedOptimizer: warm-up, clipping, decay."""
-    return _trajectory(bench, _optimizer_config())
+    return optimizer_trajectory(bench, optimizer_config())
 
 
 def trajectory_overlapped(bench: Bench) -> Answer:
     """The same with gradient reduction and parameter gathering overlapped with computation."""
-    return _trajectory(bench, _optimizer_config(overlap_grad_reduce=True, overlap_param_gather=True))
+    return optimizer_trajectory(bench, optimizer_config(overlap_grad_reduce=True, overlap_param_gather=True))
 
 
 def trajectory_plain(bench: Bench) -> Answer:
     """The same without DistributedOptimizer."""
-    return _trajectory(bench, _optimizer_config(use_distributed_optimizer=False))
+    return optimizer_trajectory(bench, optimizer_config(use_distributed_optimizer=False))
 
 
 def balancing_bias(bench: Bench) -> Answer:
     """One update of the selection biases, which counts the real tokens of the whole step and nothing else."""
     model = replace(TINY, moe_router_bias_update_rate=1e-3)
-    policy = bench.policy(bench.config(model, _optimizer_config()))
+    policy = bench.policy(bench.config(model, optimizer_config()))
     train_step(policy, policy.pack(bench.mine(bench.samples()), 1), WEIGHTED_NLL, num_sequences=16)
     expected = bench.references["updated_bias"]
     gap = 0.0
@@ -439,7 +442,7 @@ def learning_rates(bench: Bench) -> Answer:
     """The learning rate of each of 12 steps, by decay style: 4 of warm-up, then 6 of decay, then the minimum."""
     answer = {}
     for style in ("constant", "linear", "cosine"):
-        train = replace(_optimizer_config(), lr_decay_style=style, lr_decay_steps=10, min_lr=1e-4)
+        train = replace(optimizer_config(), lr_decay_style=style, lr_decay_steps=10, min_lr=1e-4)
         policy = bench.policy(bench.config(TINY, train))
         rates = []
         for _ in range(12):
@@ -487,7 +490,7 @@ def nonfinite(bench: Bench) -> Answer:
         return [p.tensor.clone() for c in policy.chunks for p in global_parameters(c, bench.groups, biases=True)]
 
     def run_steps(spoiled: bool) -> tuple[list[torch.Tensor], list[float]]:
-        policy = bench.policy(bench.config(model, _optimizer_config(on_nonfinite="skip")))
+        policy = bench.policy(bench.config(model, optimizer_config(on_nonfinite="skip")))
         batch = policy.pack(bench.mine(bench.samples()), 1)
         rates = []
         for step in range(2):
@@ -515,7 +518,7 @@ def nonfinite_stop(bench: Bench) -> Answer:
     """The error message of ``on_nonfinite: stop``, with and without overlapped communication."""
     answer: Answer = {}
     for overlap in (False, True):
-        train = _optimizer_config(on_nonfinite="stop", overlap_grad_reduce=overlap, overlap_param_gather=overlap)
+        train = optimizer_config(on_nonfinite="stop", overlap_grad_reduce=overlap, overlap_param_gather=overlap)
         for gradient in (True, False):
             policy = bench.policy(bench.config(TINY, train))
             batch = policy.pack(bench.mine(bench.samples()), 1)
@@ -577,7 +580,7 @@ def initial_weights(parallel: ParallelConfig, path: str) -> Answer:
 
 def nonfinite_written(bench: Bench) -> Answer:
     """One step with a NaN gradient on one rank: was it taken, and are the parameters still finite?"""
-    policy = bench.policy(bench.config(TINY, _optimizer_config(on_nonfinite="skip")))
+    policy = bench.policy(bench.config(TINY, optimizer_config(on_nonfinite="skip")))
     batch = policy.pack(bench.mine(bench.samples()), 1)
     result = train_step(policy, batch, _spoil(bench, batch, gradient=True), 16)
     parameters = [p.tensor for c in policy.chunks for p in global_parameters(c, bench.groups)]
