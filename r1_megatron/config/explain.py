@@ -43,13 +43,14 @@ def _layout_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
     t = topology
     lines = [
         ("dense layers", f"tp({t.tp}) * pp({t.pp}) * cp({t.cp}) * dp({t.dp}) = {_count(t.world_size, 'rank')}"),
-        (
-            "experts",
-            f"etp({t.etp}) * ep({t.ep}) * edp({t.edp}) = {_count(t.etp * t.ep * t.edp, 'rank')} of each pipeline "
-            f"stage, {cfg.model.num_moe_experts // t.ep} of {cfg.model.num_moe_experts} experts a rank",
-        ),
-        ("device", f"{cfg.parallel.device}, {'bf16' if cfg.train.bf16 else 'fp32'}"),
     ]
+    if cfg.model.num_moe_layers:
+        text = (
+            f"etp({t.etp}) * ep({t.ep}) * edp({t.edp}) = {_count(t.etp * t.ep * t.edp, 'rank')} of each pipeline "
+            f"stage, {cfg.model.num_moe_experts // t.ep} of {cfg.model.num_moe_experts} experts a rank"
+        )
+        lines.append(("experts", text))
+    lines.append(("device", f"{cfg.parallel.device}, {'bf16' if cfg.train.bf16 else 'fp32'}"))
     if t.vpp > 1:
         lines.insert(1, ("interleaving", f"vpp({t.vpp}) model chunks on every pipeline rank"))
     if t.tp > 1:
@@ -71,7 +72,7 @@ def rank_parameters(model: ModelConfig, topology: Topology, chunks: tuple[Chunk,
     vocabulary = -(-model.vocab_size // t.tp) * model.hidden_size
     count = 0
     for chunk in chunks:
-        layers = [layer_parameters(model, dense=index < model.first_k_dense_replace) for index in chunk.layers]
+        layers = [layer_parameters(model, dense=index < model.num_dense_layers) for index in chunk.layers]
         layers += [mtp_parameters(model)] * chunk.mtp
         count += sum(x.replicated + x.tensor // t.tp + x.routed // (t.ep * t.etp) for x in layers)
         count += model.hidden_size * chunk.loss
@@ -93,10 +94,14 @@ class _Row:
 def _model_lines(cfg: RunConfig, topology: Topology, stages: tuple[tuple[Chunk, ...], ...]) -> list[Line]:
     m = cfg.model
     total, active = count_parameters(m)
-    dense = min(m.first_k_dense_replace, m.num_layers)
-    shape = f"{m.num_layers} layers ({dense} dense), hidden {m.hidden_size}, {m.num_attention_heads} heads"
+    dense = f" ({m.num_dense_layers} dense)" if m.num_moe_layers else ""
+    shape = f"{m.num_layers} layers{dense}, hidden {m.hidden_size}, {m.num_attention_heads} heads"
+    if m.is_dense_student:
+        shape = f"{m.architecture}, {shape} in {_count(m.query_groups, 'group')}"
+    elif m.num_moe_layers:
+        shape += f", top {m.moe_router_topk} of {m.num_moe_experts} experts"
     lines = [
-        ("shape", f"{m.preset or 'custom'}: {shape}, top {m.moe_router_topk} of {m.num_moe_experts} experts"),
+        ("shape", f"{m.preset or 'custom'}: {shape}"),
         ("parameters", f"{total:,} ({_short(total)}), of which {_short(active)} work on a token"),
     ]
     if m.mtp_num_layers:
@@ -152,7 +157,14 @@ def _rollout_lines(cfg: RunConfig, topology: Topology, stages: tuple[tuple[Chunk
     per_rank = share.most * r.samples_per_prompt
     at_once = min(r.max_sequences, per_rank)
     layers = max(sum(len(c.layers) for c in chunks) for chunks in stages)
-    width = m.kv_lora_rank + m.qk_pos_emb_head_dim
+    if m.is_dense_student:
+        groups = m.query_groups // topology.tp
+        width, parts = 2 * groups * m.channels_per_head, f"2 * {groups} heads * {m.channels_per_head}"
+    else:
+        width, parts = (
+            m.kv_lora_rank + m.qk_pos_emb_head_dim,
+            f"(kv_lora {m.kv_lora_rank} + rope {m.qk_pos_emb_head_dim})",
+        )
     size = 2 if cfg.train.bf16 else 4
     cache = width * size * layers * at_once * length
     return [
@@ -166,7 +178,7 @@ def _rollout_lines(cfg: RunConfig, topology: Topology, stages: tuple[tuple[Chunk
         ("in flight", f"{at_once:,} sequences per dp rank (rollout.max_sequences={r.max_sequences})"),
         (
             "cache per rank",
-            f"(kv_lora {m.kv_lora_rank} + rope {m.qk_pos_emb_head_dim}) * {size} bytes * {layers} layers * "
+            f"{parts} * {size} bytes * {layers} layers * "
             f"{at_once:,} sequences * {length:,} tokens = {_bytes(cache)} at most",
         ),
     ]

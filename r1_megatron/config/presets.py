@@ -10,9 +10,10 @@ Sources of the published shapes:
   0.001, then 0 for the last 500 B tokens). DeepSeek-R1 and R1-Zero have this shape.
 * ``moonlight_16b_a3b``: ``config.json`` of huggingface.co/moonshotai/Moonlight-16B-A3B, and arXiv 2502.16982, table 3
   (2.24 B of 15.29 B parameters active, embedding and head not counted).
+* ``r1_distill_qwen_*`` and ``r1_distill_llama_*``: ``config.json`` of huggingface.co/deepseek-ai/DeepSeek-R1-Distill-…
+  (the smaller two come from Qwen2.5-Math, hence their rotary base). Their sizes are compared with those published.
 
-All use the sigmoid router with a selection bias. With several groups, top-k / groups chosen is 2 everywhere: a group
-is scored by its two best experts.
+The mixtures of experts use the sigmoid router with a selection bias.
 """
 
 from __future__ import annotations
@@ -21,6 +22,62 @@ from typing import Any, NamedTuple
 
 from r1_megatron.config.schema import ModelConfig
 
+_QWEN_DISTILLED: dict[str, Any] = {
+    "architecture": "qwen2",
+    "vocab_size": 152064,
+    "max_position_embeddings": 131072,
+    "layernorm_epsilon": 1e-6,
+    "init_method_std": 0.02,
+    "rotary_base": 1e6,
+}
+_LLAMA_DISTILLED: dict[str, Any] = {
+    "architecture": "llama",
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "layernorm_epsilon": 1e-5,
+    "init_method_std": 0.02,
+    "rotary_base": 500000.0,
+    "rope_type": "llama3",
+    "rotary_scaling_factor": 8.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _shape(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> dict[str, int]:
+    return {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "ffn_hidden_size": ffn,
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+    }
+
+
+_R1_DISTILLED: dict[str, dict[str, Any]] = {
+    "r1_distill_qwen_1_5b": {
+        **_QWEN_DISTILLED,
+        **_shape(28, 1536, 8960, heads=12, groups=2),
+        "vocab_size": 151936,
+        "rotary_base": 10000.0,
+    },
+    "r1_distill_qwen_7b": {
+        **_QWEN_DISTILLED,
+        **_shape(28, 3584, 18944, heads=28, groups=4),
+        "rotary_base": 10000.0,
+    },
+    "r1_distill_qwen_14b": {
+        **_QWEN_DISTILLED,
+        **_shape(48, 5120, 13824, heads=40, groups=8),
+        "layernorm_epsilon": 1e-5,
+    },
+    "r1_distill_qwen_32b": {
+        **_QWEN_DISTILLED,
+        **_shape(64, 5120, 27648, heads=40, groups=8),
+        "layernorm_epsilon": 1e-5,
+    },
+    "r1_distill_llama_8b": {**_LLAMA_DISTILLED, **_shape(32, 4096, 14336, heads=32, groups=8)},
+    "r1_distill_llama_70b": {**_LLAMA_DISTILLED, **_shape(80, 8192, 28672, heads=64, groups=8)},
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # Every feature of DeepSeek-V3 in 0.43 M parameters: what the tests compare layouts with.
     "tiny": {
@@ -159,6 +216,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mscale": 1.0,
         "mscale_all_dim": 1.0,
     },
+    **_R1_DISTILLED,
 }
 
 
@@ -166,7 +224,8 @@ class LayerParameters(NamedTuple):
     """Parameters of one transformer layer, by how parallelism cuts them.
 
     Attributes:
-        replicated: norms, router, the low-rank down-projections: whole on every rank of the stage.
+        replicated: norms, router, the low-rank down-projections and biases behind a reduction: whole on every rank of
+            the stage.
         tensor: cut over the tensor parallel group: up- and output projections, dense MLP, shared expert.
         routed: all routed experts together, cut over the expert and expert tensor parallel groups.
     """
@@ -179,17 +238,8 @@ class LayerParameters(NamedTuple):
 def layer_parameters(model: ModelConfig, dense: bool) -> LayerParameters:
     """Parameters of a dense or of a mixture-of-experts layer. The router's selection bias is a buffer: not counted."""
     m = model
-    qk_head = m.qk_head_dim + m.qk_pos_emb_head_dim
-    query = m.num_attention_heads * qk_head
-    replicated = 2 * m.hidden_size  # input norm, norm before the MLP
-    replicated += m.hidden_size * (m.kv_lora_rank + m.qk_pos_emb_head_dim) + m.kv_lora_rank  # kv down, its norm
-    tensor = m.kv_lora_rank * m.num_attention_heads * (m.qk_head_dim + m.v_head_dim)  # kv up
-    tensor += m.num_attention_heads * m.v_head_dim * m.hidden_size  # output
-    if m.q_lora_rank is None:
-        tensor += m.hidden_size * query
-    else:
-        replicated += m.hidden_size * m.q_lora_rank + m.q_lora_rank
-        tensor += m.q_lora_rank * query
+    replicated, tensor = _grouped_attention(m) if m.is_dense_student else _latent_attention(m)
+    replicated += 2 * m.hidden_size  # input norm, norm before the MLP
     if dense:
         return LayerParameters(replicated, tensor + 3 * m.hidden_size * m.ffn_hidden_size, 0)
     return LayerParameters(
@@ -199,12 +249,42 @@ def layer_parameters(model: ModelConfig, dense: bool) -> LayerParameters:
     )
 
 
+def _latent_attention(m: ModelConfig) -> tuple[int, int]:
+    """``(replicated, cut over the tensor parallel group)``."""
+    query = m.num_attention_heads * (m.qk_head_dim + m.qk_pos_emb_head_dim)
+    latent = m.kv_lora_rank + m.qk_pos_emb_head_dim
+    replicated = m.hidden_size * latent + m.kv_lora_rank  # kv down, its norm
+    tensor = m.kv_lora_rank * m.num_attention_heads * (m.qk_head_dim + m.v_head_dim)  # kv up
+    tensor += m.num_attention_heads * m.v_head_dim * m.hidden_size  # output
+    if m.q_lora_rank is None:
+        tensor += m.hidden_size * query
+    else:
+        replicated += m.hidden_size * m.q_lora_rank + m.q_lora_rank
+        tensor += m.q_lora_rank * query
+    if m.attention_bias:
+        replicated += (m.q_lora_rank or 0) + latent + m.hidden_size
+    return replicated, tensor
+
+
+def _grouped_attention(m: ModelConfig) -> tuple[int, int]:
+    """``(replicated, cut over the tensor parallel group)``."""
+    query = m.num_attention_heads * m.channels_per_head
+    qkv = query + 2 * m.query_groups * m.channels_per_head
+    replicated = 2 * m.channels_per_head if m.architecture == "qwen3" else 0  # query and key norm
+    tensor = m.hidden_size * (qkv + query)
+    if m.architecture == "qwen2" or m.attention_bias:
+        tensor += qkv
+    if m.architecture != "qwen2" and m.attention_bias:
+        replicated += m.hidden_size
+    return replicated, tensor
+
+
 def mtp_parameters(model: ModelConfig) -> LayerParameters:
     """One multi-token prediction module: a last layer, two input norms, a final norm, and the joining projection.
 
     Embedding and head are the main model's.
     """
-    layer = layer_parameters(model, dense=model.num_layers <= model.first_k_dense_replace)
+    layer = layer_parameters(model, dense=model.num_moe_layers == 0)
     return layer._replace(
         replicated=layer.replicated + 3 * model.hidden_size, tensor=layer.tensor + 2 * model.hidden_size**2
     )
@@ -220,7 +300,7 @@ def count_parameters(model: ModelConfig) -> tuple[int, int]:
     total = model.hidden_size + vocabulary * (1 if model.share_embeddings_and_output_weights else 2)
     active = model.hidden_size + vocabulary
     for index in range(model.num_layers):
-        layer = layer_parameters(model, dense=index < model.first_k_dense_replace)
+        layer = layer_parameters(model, dense=index < model.num_dense_layers)
         total += sum(layer)
         active += layer.replicated + layer.tensor + layer.routed // model.num_moe_experts * model.moe_router_topk
     return total + model.mtp_num_layers * sum(mtp_parameters(model)), active

@@ -43,6 +43,21 @@ def test_grpo_on_five_hundred_ranks():
         assert expected in lines, explain(cfg)
 
 
+def test_a_dense_student(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("")
+    overrides = ["model.preset=r1_distill_qwen_7b", "parallel.tensor_model_parallel_size=2", "train.bf16=true"]
+    overrides += ["rollout.max_sequences=32", "data.max_prompt_tokens=64", "sampling.max_new_tokens=64"]
+    lines = lines_of(explain(load_config(path, overrides)))
+    for expected in (
+        "shape r1_distill_qwen_7b: qwen2, 28 layers, hidden 3584, 28 heads in 4 groups",
+        "parameters 7,615,616,512 (7.62 B), of which 7.07 B work on a token",
+        "cache per rank 2 * 2 heads * 128 * 2 bytes * 28 layers * 32 sequences * 128 tokens = 112.0 MiB at most",
+    ):
+        assert expected in lines, lines
+    assert not any(line.startswith("experts ") for line in lines)
+
+
 def test_uneven_deals_are_said(tmp_path: Path):
     """6 prompts, 2 minibatches of 3, 2 ranks: one rank gets 2 + 2, the other 1 + 1."""
     path = tmp_path / "run.yaml"

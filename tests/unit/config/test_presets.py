@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 
 from r1_megatron.config.explain import rank_parameters
-from r1_megatron.config.presets import PRESETS, count_parameters, mtp_parameters
+from r1_megatron.config.presets import PRESETS, count_parameters, layer_parameters, mtp_parameters
 from r1_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from r1_megatron.config.validate import validate_config
 from r1_megatron.topology import Topology, place_layers
+from tests.oracle import Oracle
+from tests.tiny import VARIANTS
 
 
 def preset(name: str, **changes) -> ModelConfig:
@@ -69,6 +71,42 @@ def test_counts_are_those_of_the_transformers_model(name: str, q_lora_rank: int 
     )
     reference = transformers.DeepseekV3ForCausalLM(config)
     assert count_parameters(m)[0] == sum(parameter.numel() for parameter in reference.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("r1_distill_qwen_1_5b", 1_777_088_000),
+        ("r1_distill_qwen_7b", 7_615_616_512),
+        ("r1_distill_qwen_14b", 14_770_033_664),
+        ("r1_distill_qwen_32b", 32_763_876_352),
+        ("r1_distill_llama_8b", 8_030_261_248),
+        ("r1_distill_llama_70b", 70_553_706_496),
+    ],
+)
+def test_students_have_their_published_size(name: str, published: int):
+    """Parameters of the weight files, as huggingface.co counts them. All work on a token but the embedding."""
+    model = preset(name)
+    assert count_parameters(model) == (published, published - model.vocab_size * model.hidden_size)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_counts_of_variants_are_those_of_the_transformers_model(name: str):
+    oracle = Oracle(VARIANTS[name])
+    assert count_parameters(VARIANTS[name])[0] == sum(parameter.numel() for parameter in oracle.parameters())
+
+
+@pytest.mark.parametrize("name", ["biases", "qwen2", "qwen3", "llama"])
+def test_ranks_hold_a_variant_together(name: str):
+    """Two tensor-parallel ranks hold the model, its replicated parameters twice, and the padding of 259 to 260 rows."""
+    model = VARIANTS[name]
+    stage = place_layers(ParallelConfig(), 4)[0]
+    one, two = (rank_parameters(model, Topology(tp=tp), stage) for tp in (1, 2))
+    layers = [layer_parameters(model, dense=index < model.num_dense_layers) for index in range(4)]
+    whole = model.hidden_size + sum(layer.replicated + layer.routed for layer in layers)
+    matrices = 1 if model.share_embeddings_and_output_weights else 2
+    assert one == count_parameters(model)[0]
+    assert 2 * two == one + whole + matrices * model.hidden_size
 
 
 @pytest.mark.parametrize("name", PRESETS)
