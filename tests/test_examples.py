@@ -19,6 +19,7 @@ FILES = sorted([*ROOT.glob("examples/**/*.yaml"), *ROOT.glob("slurm/**/*.yaml")]
 SCRIPTS = sorted(ROOT.glob("slurm/**/*.sh"))
 RANKS = {
     "chain_sum_base": 2,
+    "chain_sum_student": 1,
     "chain_sum_zero": 1,
     "chain_sum_zero_tp2": 2,
     "chain_sum_zero_ep2": 2,

@@ -30,7 +30,7 @@ from r1_megatron.model.latent_attention import LatentAttention
 from r1_megatron.model.multi_token import PackedMultiTokenPredictionLayer
 from r1_megatron.model.norm import RMSNorm
 from r1_megatron.model.routing import PackedRouter
-from r1_megatron.model.transformer import Experts, shared_fields, use_local_modules, yarn_mscale
+from r1_megatron.model.transformer import Experts, shared_fields, use_our_modules, yarn_mscale
 
 
 def chosen_experts(train: TrainConfig, device: str, transformer_engine: bool) -> Experts:
@@ -152,8 +152,8 @@ def _our_layer(spec: ModuleSpec, model: ModelConfig, transformer_engine: bool, e
         layer.mlp.submodules.router = PackedRouter
         if experts == "grouped":
             layer.mlp.submodules.experts = ModuleSpec(module=GroupedExperts)
+    use_our_modules(layer, transformer_engine)
     if not transformer_engine:
-        use_local_modules(layer)
         attention.submodules.linear_q_down_proj = attention.submodules.linear_kv_down_proj = ReplicatedLinear
         attention.submodules.q_layernorm = attention.submodules.kv_layernorm = RMSNorm
     return spec

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from r1_megatron.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from r1_megatron.model.dense_attention import DenseAttention
 from r1_megatron.model.norm import RMSNorm
-from r1_megatron.model.transformer import Experts, shared_fields, use_local_modules, yarn_mscale
+from r1_megatron.model.transformer import Experts, shared_fields, use_our_modules, yarn_mscale
 
 
 def transformer_config(
@@ -70,10 +70,7 @@ def _our_layer(spec: ModuleSpec, model: ModelConfig, transformer_engine: bool) -
     attention = layer.self_attention
     attention.module = DenseAttention
     attention.params = {**attention.params, "model": model}
-    if not transformer_engine:
-        use_local_modules(layer)
-        if model.architecture == "qwen3":
-            attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
-        # megatron-core would write the norms under Transformer Engine's names.
-        layer.sharded_state_dict_keys_map = {}
+    use_our_modules(layer, transformer_engine)
+    if not transformer_engine and model.architecture == "qwen3":
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     return spec

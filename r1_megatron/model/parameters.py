@@ -18,6 +18,7 @@ from r1_megatron.parallel.groups import ProcessGroups
 # Transformer Engine fuses a norm into the linear behind it and stacks a rank's experts: back to one set of names.
 _STACKED_EXPERTS = re.compile(r"(.*\.experts)\.(linear_fc[12]\.weight)")
 _TRANSFORMER_ENGINE_NAMES = (
+    (r"\.self_attention\.linear_qkv\.layer_norm_weight$", ".input_layernorm.weight"),
     (r"\.linear_q_up_proj\.layer_norm_weight$", ".q_layernorm.weight"),
     (r"\.linear_kv_up_proj\.layer_norm_weight$", ".kv_layernorm.weight"),
     (r"\.mlp\.linear_fc1\.layer_norm_weight$", ".pre_mlp_layernorm.weight"),
