@@ -77,9 +77,9 @@ def before(folder: str | Path, saved: Saved) -> Saved | None:
     return max(older, key=_age, default=None)
 
 
-def _age(saved: Saved) -> tuple[int, bool, str]:
-    """Greater is newer. In the midst of a rollout is later than before it."""
-    return saved.step, saved.description["state"].get("in_flight", False), saved.path.name
+def _age(saved: Saved) -> tuple[int, int]:
+    """Greater is newer. The midst of a rollout, stopped more and more often, is later than the place before it."""
+    return saved.step, len(saved.description.get("rollouts_in_flight", ()))
 
 
 def prepare(folder: str | Path) -> list[str]:

@@ -219,7 +219,9 @@ def _watch(ranks: Sequence[_Rank], caught: list[int], stop_signal: int | None) -
         if stop_signal is not None and caught and not asked:
             asked = True
             name = signal.Signals(caught[0]).name
-            print(f"\n{name}: ending at the next good moment, with a checkpoint. Once more ends the run now.", flush=True)
+            print(
+                f"\n{name}: ending at the next good moment, with a checkpoint. Once more ends the run now.", flush=True
+            )
             for rank in ranks:
                 if rank.alive():
                     rank.process.send_signal(stop_signal)

@@ -16,6 +16,7 @@ from r1_megatron.checkpoint.retention import saved_checkpoints
 from tests.distributed import resume_checks as checks
 from tests.distributed.layouts import LAYOUTS, world_size
 from tests.e2e.kills import computed, differences
+from tests.e2e.runs import rows_of
 from tests.rank_pool import RankPool
 from tests.torch_dist import tensors_of
 
@@ -106,12 +107,22 @@ def test_the_same_curve_under_another_layout(ranks: RankPool, half, tmp_path: Pa
             if not metric.startswith("rollout/"):  # how the work was cut
                 close = math.isclose(row[metric], expected[metric], rel_tol=1e-5, abs_tol=1e-5)
                 assert close, (row["step"], metric, row[metric], expected[metric])
-    assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    drawn, expected = sampled(folder), sampled(whole)  # of the first replica: not all layouts show the same prompts
+    assert len(drawn.keys() & expected.keys()) >= 8
+    assert all(drawn[prompt] == expected[prompt] for prompt in drawn.keys() & expected.keys())
     wanted, found = tensors_of(whole / "checkpoints/final"), tensors_of(folder / "checkpoints/final")
     for name in wanted.keys() & found.keys():
         if not name.startswith("rng."):
             rows = min(len(wanted[name]), len(found[name]))  # the vocabulary's padding
             torch.testing.assert_close(found[name][:rows], wanted[name][:rows], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def sampled(folder: Path) -> dict[tuple[int, str], list[str]]:
+    """The responses by step and prompt."""
+    responses = defaultdict(list)
+    for row in rows_of(folder / "samples.jsonl"):
+        responses[row["step"], row["prompt"]].append(row["response"])
+    return responses
 
 
 def in_flight_folders(folder: Path) -> list[Path]:
@@ -126,7 +137,7 @@ def test_stopped_in_a_rollout(ranks: RankPool, half, tmp_path: Path, name: str) 
     rows = [row["step"] for row in computed(tmp_path) if "train/updates" in row]
     assert rows in ([1], [1, 2]), rows
     [kept] = in_flight_folders(tmp_path)
-    assert kept.name == f"step_{rows[-1]:06d}_in_flight"
+    assert kept.name == f"step_{rows[-1]:06d}_rollout"
     assert go(ranks, tmp_path, name) == ("", "")
     assert (tmp_path / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     for row, expected in zip(computed(tmp_path), computed(whole), strict=True):
@@ -148,7 +159,7 @@ def test_stopped_in_a_rollout_that_is_drawn_anew(ranks: RankPool, half, tmp_path
 def test_stopped_in_the_first_rollout(ranks: RankPool, half, tmp_path: Path) -> None:
     _, whole = half("one")
     assert go(ranks, tmp_path, "one", stop_at_question=1) == ("", "")
-    assert [path.name for path in in_flight_folders(tmp_path)] == ["step_000000_in_flight"]
+    assert [path.name for path in in_flight_folders(tmp_path)] == ["step_000000_rollout"]
     assert go(ranks, tmp_path, "one", stop_at_question=2) == ("", "")  # and again
     assert go(ranks, tmp_path, "one") == ("", "")
     assert (tmp_path / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
