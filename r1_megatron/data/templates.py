@@ -49,6 +49,12 @@ def render(template: str, prompt: str | Messages, tokenizer: Tokenizer) -> str:
     return TEMPLATES[template].replace("{prompt}", prompt)
 
 
+def chat_template(template: str) -> str:
+    """The template in Jinja, for tokenizers that have none: the last message is the prompt. What an exported model's
+    ``apply_chat_template`` renders is then what it was trained on."""
+    return TEMPLATES[template].replace("{prompt}", "{{ messages[-1]['content'] }}")
+
+
 def check_messages(messages: Any) -> str | None:
     """What is wrong with a list of chat messages, or ``None``."""
     if not isinstance(messages, list) or not messages:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,12 +14,14 @@ import torch.distributed as dist
 from r1_megatron.checkpoint import retention
 from r1_megatron.checkpoint.contents import Contents
 from r1_megatron.checkpoint.optimizer_state import optimizer_step
+from r1_megatron.checkpoint.origin import ORIGIN, build_origin, copy_origin, write_origin
 from r1_megatron.checkpoint.random_states import seed_random
 from r1_megatron.checkpoint.store import load_checkpoint
 from r1_megatron.checkpoint.writer import CheckpointWriter
 from r1_megatron.config.schema import RunConfig
 from r1_megatron.data.prompts import PromptSet, build_prompts
 from r1_megatron.data.tasks import Task
+from r1_megatron.data.templates import chat_template
 from r1_megatron.data.tokenizers import Tokenizer, build_tokenizer
 from r1_megatron.kernels.ops import library
 from r1_megatron.model.build import build_model
@@ -122,11 +123,16 @@ class Run:
                 "log": self.log.sizes(),
                 **{name: part.state() for name, part in self._tracked.items()},
             }
-        write_more = None
         if in_flight is not None:
             # One entry per stop in this rollout: of two checkpoints of a step the one with more of them is newer.
             description["rollouts_in_flight"] = [*self._earlier_stops(), self._count(in_flight)]
-            write_more = partial(save_in_flight, rollouts=in_flight, groups=self.groups)
+
+        def write_more(folder: Path) -> None:
+            if dist.get_rank() == 0:
+                copy_origin(self.cfg.output_dir, folder)
+            if in_flight is not None:
+                save_in_flight(folder, in_flight, self.groups)
+
         with policy.gathered():
             state = contents.sharded_state()
             self._announce(self.writer.begin(self.checkpoints / name, state, description, self.cfg.model, write_more))
@@ -207,6 +213,26 @@ class Run:
             retention.apply_retention(self.checkpoints, self.cfg.checkpoint)
 
 
+def keep_origin(cfg: RunConfig, tokenizer: Tokenizer, log: RunLog) -> None:
+    """Put into the run folder what every checkpoint takes along for its export to Hugging Face: that of the checkpoint
+    the run starts from, or one made for a model that is born here."""
+    folder = Path(cfg.output_dir)
+    if (folder / ORIGIN).exists():
+        return
+    if cfg.checkpoint.load and (Path(cfg.checkpoint.load) / ORIGIN).is_dir():
+        copy_origin(cfg.checkpoint.load, folder)
+        return
+    try:
+        dtype = "bfloat16" if cfg.train.bf16 else "float32"
+        origin = build_origin(cfg.model, tokenizer, dtype, chat_template(cfg.data.template))
+    except ValueError as error:
+        log.note(f"checkpoints of this model cannot be exported to Hugging Face: {error}")
+        return
+    write_origin(folder / ORIGIN, origin.files)
+    for note in origin.notes:
+        log.note(f"{folder / ORIGIN}: {note}")
+
+
 @contextlib.contextmanager
 def open_run(cfg: RunConfig) -> Iterator[Run]:
     """Bring a stage up on this rank and down again, files closed, however it ends.
@@ -260,6 +286,8 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
         if source:
             loaded = load_checkpoint(source, Contents(chunks, groups), cfg.model, verify=cfg.checkpoint.verify)
             log.note(f"weights from {source} (stage {loaded.get('stage')}, step {loaded.get('step')})")
+        if is_writer and cfg.stage != "evaluate":
+            keep_origin(cfg, tokenizer, log)
         policy = build_policy(cfg, groups, chunks)
         if saved is not None:
             restore(cfg, saved, policy)

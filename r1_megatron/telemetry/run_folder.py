@@ -8,6 +8,7 @@
     metrics.jsonl      one line per step            samples.jsonl   sampled rollouts
     tensorboard/       the same metrics             logs/           stderr of every rank
     checkpoints/       weights, optimizer, ...      report.html     the run on one page
+    hugging_face/      configuration and tokenizer that every checkpoint takes along for its export
     starts/1, 2, ...   of a run that went on: the files of its earlier starts, and the metrics of steps done again
 """
 

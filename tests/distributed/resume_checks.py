@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -20,7 +18,6 @@ from r1_megatron.model.build import build_model
 from r1_megatron.model.parameters import global_parameters
 from r1_megatron.parallel.groups import build_process_groups
 from r1_megatron.stages import grpo, sft
-from r1_megatron.stages import setup as stage_setup
 from r1_megatron.train import step as train_step_module
 from r1_megatron.train.policy import build_policy
 from tests.distributed.stage_checks import BASE, stage_config
@@ -40,52 +37,21 @@ def run(
     parallel: ParallelConfig,
     sections: dict[str, dict[str, Any]] | None = None,
     stage: str = "grpo",
-    stop_at_question: int | None = None,
-    segment_rounds: int = 4,
 ) -> tuple[str, str]:
     """A stage, from wherever its folder stands. Answers type and text of what ended it, if that was an error.
 
-    Args:
-        sections: options over `SECTIONS`.
-        stop_at_question: the last rank is asked to end when the rollouts of the run ask for the n-th time.
+    ``sections``: options over `SECTIONS`.
     """
     merged = {name: dict(options) for name, options in SECTIONS.items()}
     for name, options in (sections or {}).items():
         merged.setdefault(name, {}).update(options)
     model = merged.pop("model", {})
     cfg = replace(stage_config(folder, parallel, merged), stage=stage, model=replace(BASE.model, **model))
-    with _asked_to_end(stop_at_question), _short_segments(segment_rounds):
-        try:
-            (grpo if stage == "grpo" else sft).run(cfg)
-        except Exception as error:
-            return type(error).__name__, str(error)
+    try:
+        (grpo if stage == "grpo" else sft).run(cfg)
+    except Exception as error:
+        return type(error).__name__, str(error)
     return "", ""
-
-
-@contextlib.contextmanager
-def _asked_to_end(question: int | None) -> Iterator[None]:
-    asked = [0]
-
-    def in_rollout() -> bool:
-        asked[0] += 1
-        is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-        return question is not None and asked[0] >= question and is_last
-
-    with mock.patch.object(grpo, "stop_requested", in_rollout):
-        yield
-
-
-@contextlib.contextmanager
-def _short_segments(rounds: int) -> Iterator[None]:
-    build = stage_setup.build_engine
-
-    def build_engine(*args):
-        engine = build(*args)
-        engine.segment_rounds = rounds
-        return engine
-
-    with mock.patch.object(stage_setup, "build_engine", build_engine):
-        yield
 
 
 def run_with_slow_disk(folder: str, parallel: ParallelConfig) -> int:

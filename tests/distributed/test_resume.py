@@ -125,46 +125,6 @@ def sampled(folder: Path) -> dict[tuple[int, str], list[str]]:
     return responses
 
 
-def in_flight_folders(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in (folder / "checkpoints").glob("*/rollouts_in_flight"))
-
-
-@pytest.mark.parametrize("name", ["one", "ep2", "pp2"])
-def test_stopped_in_a_rollout(ranks: RankPool, half, tmp_path: Path, name: str) -> None:
-    """The samples are those of the whole run; so is what is learned from them, within rounding."""
-    _, whole = half(name)
-    assert go(ranks, tmp_path, name, stop_at_question=8) == ("", "")
-    rows = [row["step"] for row in computed(tmp_path) if "train/updates" in row]
-    assert rows in ([1], [1, 2]), rows
-    [kept] = in_flight_folders(tmp_path)
-    assert kept.name == f"step_{rows[-1]:06d}_rollout"
-    assert go(ranks, tmp_path, name) == ("", "")
-    assert (tmp_path / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    for row, expected in zip(computed(tmp_path), computed(whole), strict=True):
-        for metric in ("train/loss", "actor/grad_norm", "actor/kl", "eval/sampled_reward"):
-            assert row.get(metric) == pytest.approx(expected.get(metric), rel=1e-5, abs=1e-6), metric
-        assert row.get("training/rollout_logprobs_diff_max", 0.0) <= 1e-4
-
-
-def test_stopped_in_a_rollout_that_is_drawn_anew(ranks: RankPool, half, tmp_path: Path) -> None:
-    """Nothing of it is kept, and the run is bit for bit the whole one."""
-    _, whole = half("ep2")
-    restart = {"checkpoint": {"rollouts_in_flight": "restart"}}
-    assert go(ranks, tmp_path, "ep2", restart, stop_at_question=8) == ("", "")
-    assert in_flight_folders(tmp_path) == []
-    assert go(ranks, tmp_path, "ep2", restart) == ("", "")
-    assert differences(tmp_path, whole) == []
-
-
-def test_stopped_in_the_first_rollout(ranks: RankPool, half, tmp_path: Path) -> None:
-    _, whole = half("one")
-    assert go(ranks, tmp_path, "one", stop_at_question=1) == ("", "")
-    assert [path.name for path in in_flight_folders(tmp_path)] == ["step_000000_rollout"]
-    assert go(ranks, tmp_path, "one", stop_at_question=2) == ("", "")  # and again
-    assert go(ranks, tmp_path, "one") == ("", "")
-    assert (tmp_path / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-
-
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 4
