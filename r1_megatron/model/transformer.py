@@ -15,14 +15,6 @@ from r1_megatron.model.norm import RMSNorm
 from r1_megatron.topology import Topology
 
 Experts = Literal["grouped", "sequential", "transformer_engine"]
-# Transformer Engine's linears hold the norm in front of them. In checkpoints it has the key of the norm by itself, so
-# that what either kind of layer writes, the other one reads.
-_FUSED_NORM_KEYS = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
-    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -114,8 +106,11 @@ def yarn_mscale(model: ModelConfig) -> float:
 
 
 def use_our_modules(layer: Any, transformer_engine: bool) -> None:
-    """Our norms and core attention in a layer's submodules, and one set of checkpoint keys for either kind of layer."""
-    layer.sharded_state_dict_keys_map = dict(_FUSED_NORM_KEYS)
+    """Our norms and core attention in the submodules of a local layer; checkpoint keys are the modules' own names.
+
+    megatron-core would write the norms of a local layer under Transformer Engine's names.
+    """
+    layer.sharded_state_dict_keys_map = {}
     if not transformer_engine:
         layer.self_attention.submodules.core_attention = CausalAttention
         layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm

@@ -1,1 +1,1 @@
-"""Generation inside the training layout and on the training weights: sampler, latent cache, scheduler, engine."""
+"""Generation inside the training layout and on the training weights: sampler, cache, scheduler, engine."""

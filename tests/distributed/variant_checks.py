@@ -70,7 +70,7 @@ def checkpoint_keys(names: Sequence[str], folder: str) -> Answers:
     answers = {}
     for name in names:
         chunks = build_model(RunConfig(model=VARIANTS[name], parallel=parallel), groups)
-        path = save_weights(Path(folder) / name, chunks, groups, {})
+        path = save_weights(Path(folder) / name, chunks, groups, VARIANTS[name], {})
         tensors = dist_checkpointing.load_tensors_metadata(str(path))
         answers[name] = {key: tuple(tensor.global_shape) for key, tensor in tensors.items()}
     return answers
