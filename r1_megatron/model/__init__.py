@@ -1,1 +1,1 @@
-"""The policy: DeepSeek-V3 as a megatron-core GPTModel, from our configuration to the chunks of one pipeline rank."""
+"""The policy as a megatron-core GPTModel, DeepSeek-V3 or a dense student: configuration to one rank's chunks."""

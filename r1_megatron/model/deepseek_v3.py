@@ -7,6 +7,7 @@ Facts that took care (checked against Transformers' DeepseekV3 in float64):
 * megatron-core's MLA de-interleaves the rotary dimensions itself, so Hugging Face weights load unpermuted.
 * The local spec's default makes the down projections column-parallel; from tensor parallelism 2 on their gradients
   are silently wrong (relative error 0.55 in 139 tensors). They are replicated here, as Transformer Engine's spec does.
+* The norms of the low-rank query and of the latent have an epsilon of 1e-6, whatever the model's own is.
 * The loss is a sum of weighted tokens (`calculate_per_token_loss`); nothing downstream divides it again.
 """
 

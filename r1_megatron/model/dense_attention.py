@@ -19,7 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from r1_megatron.config.schema import ModelConfig
-from r1_megatron.model.generation import StepContext, scores_float32
+from r1_megatron.model.generation import StepContext, rotary_tables, scores_float32
 from r1_megatron.model.transformer import output_projection_with_bias, yarn_mscale
 
 
@@ -50,12 +50,10 @@ class DenseAttention(SelfAttention):
         return 2 * self.num_query_groups_per_partition * self.hidden_size_per_attention_head
 
     def rotary_tables(self, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each ``[max_len, 1, C / 2]``, in the model's dtype as the training forward rounds them."""
-        answer = self.rotary_pos_emb(max_len, packed_seq=True)  # packed: not sliced over context-parallel ranks
-        angles, factor = answer if isinstance(answer, tuple) else (answer, 1.0)
-        angles = angles[:, 0, :, : self.hidden_size_per_attention_head // 2]
-        dtype = self.linear_proj.weight.dtype
-        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        """(cos, sin), each ``[max_len, 1, C / 2]``, in the model's dtype."""
+        return rotary_tables(
+            self.rotary_pos_emb, max_len, self.hidden_size_per_attention_head, self.linear_proj.weight.dtype
+        )
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 
 
@@ -67,6 +68,16 @@ def pack_prompts(lengths: tuple[int, ...], device: torch.device) -> PackedSeqPar
     )
     packed.lengths = lengths  # saves the core attention a wait for the device, see model/attention.py
     return packed
+
+
+def rotary_tables(
+    rotary: RotaryEmbedding, max_len: int, channels: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), each ``[max_len, 1, channels / 2]``, rounded as the training forward rounds them."""
+    answer = rotary(max_len, packed_seq=True)  # packed: not sliced over context-parallel ranks
+    angles, factor = answer if isinstance(answer, tuple) else (answer, 1.0)
+    angles = angles[:, 0, :, : channels // 2]
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def scores_float32(q_DHW, k_DLW, scale: float, bias_D1L) -> torch.Tensor:

@@ -26,7 +26,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention, M
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from r1_megatron.model.generation import StepContext, gather_rows, scores_float32
+from r1_megatron.model.generation import StepContext, gather_rows, rotary_tables, scores_float32
 from r1_megatron.model.transformer import output_projection_with_bias
 
 # Of the norms of the low-rank query and of the latent, whatever the model's own (DeepSeek's and Transformers' modelling
@@ -50,8 +50,10 @@ class LatentAttention(MLASelfAttention):
         **kwargs: Any,
     ):
         super().__init__(config, submodules, layer_number, *args, **kwargs)
-        for module in (self.linear_kv_up_proj, self.kv_layernorm, *self._of_low_rank_query()):
-            if hasattr(module, "eps"):  # Transformer Engine's norms sit in the projections behind them
+        # Transformer Engine's norms sit in the projections behind them.
+        for name in ("q_layernorm", "linear_q_up_proj", "kv_layernorm", "linear_kv_up_proj"):
+            module = getattr(self, name, None)
+            if module is not None and hasattr(module, "eps"):
                 module.eps = LATENT_NORM_EPSILON
         if attention_bias:
             if config.q_lora_rank is not None:
@@ -62,9 +64,6 @@ class LatentAttention(MLASelfAttention):
                 submodules.linear_kv_down_proj, config.kv_lora_rank + config.qk_pos_emb_head_dim, "kv_down_proj"
             )
             self.linear_proj = output_projection_with_bias(self, submodules.linear_proj)
-
-    def _of_low_rank_query(self) -> tuple[torch.nn.Module, ...]:
-        return () if self.config.q_lora_rank is None else (self.linear_q_up_proj, self.q_layernorm)
 
     def _down_projection_with_bias(self, linear: Any, output_size: int, name: str) -> torch.nn.Module:
         """A replicated projection ``[hidden, output_size]``, marked so that its gradients are summed as its weight's.
@@ -93,12 +92,10 @@ class LatentAttention(MLASelfAttention):
         return self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim
 
     def rotary_tables(self, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each ``[max_len, 1, P / 2]``, in the model's dtype as the training forward rounds them."""
-        answer = self.rotary_pos_emb(max_len, packed_seq=True)  # packed: not sliced over context-parallel ranks
-        angles, factor = answer if isinstance(answer, tuple) else (answer, 1.0)
-        angles = angles[:, 0, :, : self.config.qk_pos_emb_head_dim // 2]
-        dtype = self.linear_proj.weight.dtype
-        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        """(cos, sin), each ``[max_len, 1, P / 2]``, in the model's dtype."""
+        return rotary_tables(
+            self.rotary_pos_emb, max_len, self.config.qk_pos_emb_head_dim, self.linear_proj.weight.dtype
+        )
 
     def forward(self, hidden_states, attention_mask, key_value_states=None, inference_context=None, **kwargs):
         if isinstance(inference_context, StepContext):

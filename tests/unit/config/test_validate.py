@@ -74,7 +74,7 @@ CASES = [
     ),
     (
         ["model.first_k_dense_replace=4", "parallel.expert_model_parallel_size=2", "parallel.data_parallel_size=2"],
-        r"expert_model_parallel_size=2, but no layer of the model has experts .*first_k_dense_replace=4 of .*=4\). Set",
+        r"expert_model_parallel_size=2, but no layer .* experts \(.*first_k_dense_replace=4 of .*=4\). Set",
     ),
     (
         [
