@@ -99,10 +99,51 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--format", choices=("html", "png"), default="html", help="page, or only the plots")
     report.set_defaults(run=_report)
 
+    _add_convert_parser(commands)
+
     worker = commands.add_parser("worker", description="One rank. Started by `train`, not by hand.")
     worker.add_argument("config", type=Path)
     worker.set_defaults(run=_worker)
     return parser
+
+
+def _add_convert_parser(commands: argparse._SubParsersAction) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="Hugging Face weights to a checkpoint and back",
+        description="Streams a model between a Hugging Face folder (safetensors) and a checkpoint that loads under any "
+        "parallel layout. Needs no GPU and little memory; a conversion that was killed is gone on with by the same "
+        "command.",
+    )
+    kinds = convert.add_subparsers(metavar="KIND", dest="kind", required=True)
+    from_hf = kinds.add_parser("from-hf", help="a Hugging Face folder to a checkpoint")
+    from_hf.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and safetensors")
+    from_hf.add_argument("target", metavar="DST", type=Path, help="checkpoint to write; must not exist")
+    from_hf.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep")
+    from_hf.add_argument(
+        "--fp8", choices=("keep", "dequantize"), default="keep", help="of an FP8 source; dequantize: to bf16 or --dtype"
+    )
+    to_hf = kinds.add_parser("to-hf", help="a checkpoint to a Hugging Face folder")
+    to_hf.add_argument("source", metavar="CKPT", type=Path, help="checkpoint of a conversion or of training")
+    to_hf.add_argument("target", metavar="DST", type=Path, help="folder to write; must not exist")
+    to_hf.add_argument("--dtype", choices=("source", "bf16", "fp16", "fp32"), default="source")
+    to_hf.add_argument("--fp8", choices=("source", "dequantize", "quantize"), default="source")
+    to_hf.add_argument("--experts", choices=("source", "per-expert", "fused"), default="source")
+    to_hf.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="of a file, where it is not the source's"
+    )
+    verify = kinds.add_parser("verify", help="read a converted folder again and compare it with its manifest")
+    verify.add_argument("source", metavar="PATH", type=Path)
+    for kind in (from_hf, to_hf, verify):
+        kind.add_argument("--workers", metavar="N", type=int, help="processes (default: cores, at most 8)")
+        kind.add_argument(
+            "--max-memory", metavar="SIZE", default="2GB", help="of all processes, beyond Python's own (default: 2GB)"
+        )
+        kind.add_argument("--quiet", action="store_true", help="no progress")
+        kind.set_defaults(run=_convert)
+    for kind in (from_hf, to_hf):
+        kind.add_argument("--verify", action="store_true", help="read everything again at the end")
+        kind.add_argument("--restart", action="store_true", help="throw away what an unfinished conversion left")
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -242,6 +283,13 @@ def _run_stage(config: RunConfig) -> None:
     else:
         from r1_megatron.stages.evaluate import run
     run(config)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from r1_megatron.checkpoint import convert  # with torch
+
+    print(convert.run(arguments))
+    return 0
 
 
 def _check_gpus(config: RunConfig, world_size: int) -> None:

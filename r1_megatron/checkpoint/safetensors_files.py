@@ -238,6 +238,51 @@ def _why_no_weights(folder: Path) -> str:
     return f"{folder}: has neither {SINGLE} nor {INDEX}"
 
 
+class TensorFiles:
+    """Opened files, for rows of stored tensors to be read from and written to them in place."""
+
+    def __init__(self) -> None:
+        self._reading: dict[str, int] = {}
+        self._writing: dict[str, int] = {}
+
+    def read(self, tensor: StoredTensor, start: int, into: memoryview) -> None:
+        """Fill ``into`` from byte ``start`` of a tensor on. Raises ValueError if the file ends before."""
+        if tensor.file not in self._reading:
+            self._reading[tensor.file] = os.open(tensor.file, os.O_RDONLY)
+        read_exactly(self._reading[tensor.file], tensor.start + start, into, f"{tensor.file}: {tensor.name}")
+
+    def write(self, tensor: StoredTensor, start: int, data: memoryview) -> None:
+        """``data`` to byte ``start`` of a tensor whose file has room for it."""
+        assert start + len(data) <= tensor.num_bytes
+        if tensor.file not in self._writing:
+            self._writing[tensor.file] = os.open(tensor.file, os.O_WRONLY)
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._writing[tensor.file], data[done:], tensor.start + start + done)
+
+    def sync(self) -> None:
+        """What was written is on the disk."""
+        for descriptor in self._writing.values():
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        """Let go of all files."""
+        for descriptor in (*self._reading.values(), *self._writing.values()):
+            os.close(descriptor)
+        self._reading.clear()
+        self._writing.clear()
+
+
+def read_exactly(descriptor: int, start: int, into: memoryview, where: str) -> None:
+    """Fill ``into`` from byte ``start`` of an open file. Raises ValueError, with ``where``, if the file ends before."""
+    done = 0
+    while done < len(into):
+        count = os.preadv(descriptor, [into[done:]], start + done)
+        if count == 0:
+            raise ValueError(f"{where}: truncated: no byte {start + done}")
+        done += count
+
+
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
@@ -254,6 +299,18 @@ def build_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Ma
     return len(text).to_bytes(8, "little") + text
 
 
+def plan_file(
+    path: str | Path, tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]
+) -> Header:
+    """Where the tensors of a file will be that holds these, in this order."""
+    head = build_header(tensors, metadata)
+    stored, start = [], len(head)
+    for name, dtype, shape in tensors:
+        stored.append(StoredTensor(name, dtype, tuple(shape), str(path), start))
+        start += stored[-1].num_bytes
+    return Header(tuple(stored), dict(metadata), len(head))
+
+
 def create_file(
     path: str | Path, tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]
 ) -> Header:
@@ -262,18 +319,14 @@ def create_file(
     Raises:
         OSError: it cannot be written, or the disk has no room for all of it.
     """
-    path = Path(path)
-    head = build_header(tensors, metadata)
-    stored, start = [], len(head)
-    for name, dtype, shape in tensors:
-        stored.append(StoredTensor(name, dtype, tuple(shape), str(path), start))
-        start += stored[-1].num_bytes
+    head, header = build_header(tensors, metadata), plan_file(path, tensors, metadata)
+    size = len(head) + sum(tensor.num_bytes for tensor in header.tensors)
     with open(path, "wb") as file:
         file.write(head)
         file.flush()
-        if start > len(head):
-            os.posix_fallocate(file.fileno(), 0, start)
-    return Header(tuple(stored), dict(metadata), len(head))
+        if size > len(head):
+            os.posix_fallocate(file.fileno(), 0, size)
+    return header
 
 
 def build_index(headers: Mapping[str, Header], metadata: Mapping[str, Any] | None = None) -> str:

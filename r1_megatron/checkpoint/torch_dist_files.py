@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from r1_megatron.checkpoint.pickles import Record, load_restricted
+from r1_megatron.checkpoint.safetensors_files import read_exactly
 
 METADATA = ".metadata"
 _READ_AGAIN_BYTES = 4 << 20
@@ -261,16 +262,6 @@ class RowReader:
                 f"{file}: {key}: damaged: CRC-32 of its bytes is {record.running_crc:08x}, {record.crc:08x} was "
                 "written. Fetch the file again, or take an earlier checkpoint."
             )
-
-
-def read_exactly(descriptor: int, start: int, into: memoryview, where: str) -> None:
-    """Fill ``into`` from byte ``start`` of an open file. Raises ValueError, with ``where``, if the file ends before."""
-    done = 0
-    while done < len(into):
-        count = os.preadv(descriptor, [into[done:]], start + done)
-        if count == 0:
-            raise ValueError(f"{where}: truncated: no byte {start + done}")
-        done += count
 
 
 def _storage_dtype(kind: str, args: tuple) -> torch.dtype | None:

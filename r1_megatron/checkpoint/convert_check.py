@@ -1,0 +1,70 @@
+"""Hashing what is there: whole files, and tensors of safetensors files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1_megatron.checkpoint.convert_values import Buffer, hash_tensor
+from r1_megatron.checkpoint.safetensors_files import StoredTensor, TensorFiles
+
+_READ_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class CheckUnit:
+    """Files to hash, by absolute path, and tensors to hash."""
+
+    files: tuple[str, ...] = ()
+    tensors: tuple[StoredTensor, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes to read."""
+        return sum(os.path.getsize(file) for file in self.files) + sum(tensor.num_bytes for tensor in self.tensors)
+
+
+def group_checks(files: list[str], tensors: list[StoredTensor], unit_bytes: int = 256 << 20) -> list[CheckUnit]:
+    """Units of about ``unit_bytes``; a file is one piece of work."""
+    units = [CheckUnit(files=(file,)) for file in files]
+    group: list[StoredTensor] = []
+    for tensor in tensors:
+        group.append(tensor)
+        if sum(each.num_bytes for each in group) >= unit_bytes:
+            units.append(CheckUnit(tensors=tuple(group)))
+            group = []
+    return units + ([CheckUnit(tensors=tuple(group))] if group else [])
+
+
+class CheckWorker:
+    """Does units, one after the other."""
+
+    def __init__(self, progress: Callable[[int], None]) -> None:
+        self._progress = progress
+        self._buffer = Buffer()
+
+    def run(self, unit: CheckUnit) -> dict[str, Any]:
+        """``{"files": {path: [bytes, sha256]}, "tensors": {name: sha256}}``."""
+        open_files = TensorFiles()
+        try:
+            tensors = {t.name: hash_tensor(open_files, t, self._buffer, self._progress) for t in unit.tensors}
+        finally:
+            open_files.close()
+        return {"files": {file: list(hash_file(file, self._progress)) for file in unit.files}, "tensors": tensors}
+
+
+def hash_file(path: str | Path, progress: Callable[[int], None] | None = None) -> tuple[int, str]:
+    """A file's bytes and sha256."""
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+            if progress is not None:
+                progress(count)
+    return size, digest.hexdigest()

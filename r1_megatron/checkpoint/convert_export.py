@@ -1,0 +1,309 @@
+"""Tensors of a distributed checkpoint into Hugging Face files: what there is to do, and one unit of it.
+
+The checkpoint may have been written by a conversion or by training, under any layout: a slice of a Hugging Face tensor
+is gathered from whatever chunks hold its rows. A unit is a run of tensors of one output file, which has room for them
+already; it is described completely (:class:`ExportUnit`), so any process can do it alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from r1_megatron.checkpoint.convert_values import (
+    Buffer,
+    TensorHash,
+    all_finite,
+    bytes_of,
+    cast,
+    first_problem,
+    rows_of,
+)
+from r1_megatron.checkpoint.fp8 import BLOCK, quantize
+from r1_megatron.checkpoint.matching import SCALE_SUFFIX, scale_shape
+from r1_megatron.checkpoint.naming import VOCABULARY, Entry, pairs_to_halves
+from r1_megatron.checkpoint.safetensors_files import DTYPE_NAMES, StoredTensor, TensorFiles
+from r1_megatron.checkpoint.torch_dist_files import RowReader, StoredChunk, StoredKey
+
+# What one worker does alone, and a killed conversion does again.
+UNIT_BYTES = 128 << 20
+FP8 = torch.float8_e4m3fn
+
+
+class Piece(NamedTuple):
+    """Rows ``[start, stop)`` of a Hugging Face tensor are rows ``first ...`` of a megatron-core one.
+
+    ``stored`` has only those chunks that can hold them; ``expert``: place on its leading axis.
+    """
+
+    start: int
+    stop: int
+    halves: bool
+    stored: StoredKey
+    expert: int | None
+    first: int
+
+
+@dataclass(frozen=True)
+class ExportTensor:
+    """One Hugging Face tensor to be written (or only hashed).
+
+    Attributes:
+        dtype: of the output. Where it is e4m3 and the checkpoint is not, the values are quantised.
+        parts: its matrices (or vectors) one below the other: one, or a fused tensor's experts; each as pieces in the
+            order of its rows.
+        scales: the block scales of its source, if there are any.
+        place: where it is written; ``None``: nowhere.
+        scale_place: where its block scales are written.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: tuple[tuple[Piece, ...], ...]
+    scales: StoredTensor | None = None
+    place: StoredTensor | None = None
+    scale_place: StoredTensor | None = None
+
+    @property
+    def stored(self) -> StoredKey:
+        """What its rows, or the first of them, are stored as."""
+        return self.parts[0][0].stored
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes to read."""
+        return math.prod(self.shape) * self.stored.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ExportUnit:
+    """Tensors that one process writes one after the other."""
+
+    tensors: tuple[ExportTensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes to read."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+    @property
+    def sources(self) -> list[str]:
+        """The files that are read."""
+        pieces = (piece for tensor in self.tensors for part in tensor.parts for piece in part)
+        return sorted({chunk.file for piece in pieces for chunk in piece.stored.chunks})
+
+
+# ----------------------------------------------------------------------------------------------------------- planning
+
+
+def pieces_by_name(table: Iterable[Entry], keys: Mapping[str, StoredKey]) -> dict[str, tuple[Piece, ...]]:
+    """For every Hugging Face tensor of the table, each expert's by itself, where the checkpoint has its rows.
+
+    Raises:
+        ValueError: tensors that the checkpoint lacks or has in another shape; all of them named.
+    """
+    found: dict[str, list[Piece]] = {}
+    problems: dict[str, None] = {}
+    by_expert: dict[str, dict[int, list[StoredChunk]]] = {}
+    experts: dict[str, int] = {}
+    table = list(table)
+    for entry in table:
+        if entry.expert is not None:
+            experts[entry.key] = max(experts.get(entry.key, 0), entry.expert + 1)
+    for entry in table:
+        stored = keys.get(entry.key)
+        shape = entry.shape if entry.expert is None else (experts[entry.key], *entry.shape)
+        if stored is None:
+            problems[f"{entry.key}: missing"] = None
+            continue
+        padded = entry.name in VOCABULARY and stored.shape[0] > shape[0]
+        if stored.shape != ((stored.shape[0], *shape[1:]) if padded else shape):
+            problems[f"{entry.key}: shape {list(stored.shape)}, expected {list(shape)}"] = None
+            continue
+        if entry.expert is not None:
+            if entry.key not in by_expert:
+                by_expert[entry.key] = _chunks_by_expert(stored)
+            stored = replace(stored, chunks=tuple(by_expert[entry.key][entry.expert]))
+        first = 0
+        for rows in entry.rows:
+            piece = Piece(rows.start, rows.stop, rows.halves, stored, entry.expert, first)
+            found.setdefault(rows.name, []).append(piece)
+            first += rows.stop - rows.start
+    if problems:
+        shown = [*problems][:40]
+        raise ValueError("the checkpoint does not hold this model:\n  " + "\n  ".join(shown))
+    return {name: tuple(sorted(pieces, key=lambda piece: piece.start)) for name, pieces in found.items()}
+
+
+def _chunks_by_expert(stored: StoredKey) -> dict[int, list[StoredChunk]]:
+    found: dict[int, list[StoredChunk]] = {expert: [] for expert in range(stored.shape[0])}
+    for chunk in stored.chunks:
+        for expert in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+            found[expert].append(chunk)
+    return found
+
+
+def group_units(tensors: Sequence[ExportTensor], unit_bytes: int = UNIT_BYTES) -> list[ExportUnit]:
+    """Consecutive tensors, until there is enough for a unit."""
+    units, group, size = [], [], 0
+    for tensor in tensors:
+        group.append(tensor)
+        size += tensor.num_bytes
+        if size >= unit_bytes:
+            units.append(ExportUnit(tuple(group)))
+            group, size = [], 0
+    return units + ([ExportUnit(tuple(group))] if group else [])
+
+
+# -------------------------------------------------------------------------------------------------------------- doing
+
+
+@dataclass
+class _Written:
+    """What has been made of a tensor so far."""
+
+    digest: TensorHash = field(default_factory=TensorHash)
+    scales: list[torch.Tensor] = field(default_factory=list)
+
+
+class ExportWorker:
+    """Does units, one after the other, with the same memory for all of them."""
+
+    def __init__(self, max_elements: int, progress: Callable[[int], None]) -> None:
+        self._max_elements = max_elements
+        self._progress = progress
+        self._slice, self._output, self._head = Buffer(), Buffer(), Buffer()
+
+    def run(self, unit: ExportUnit) -> dict[str, Any]:
+        """Write the unit's tensors into their places; answers the manifest's lines of them.
+
+        Raises:
+            ValueError: NaN or infinite weights, damaged or truncated chunks; file and tensor are named.
+            OSError: something could not be read or written.
+        """
+        files, reader = TensorFiles(), RowReader()
+        lines = []
+        try:
+            for tensor in unit.tensors:
+                lines += self._tensor(files, reader, tensor)
+            reader.close()
+            files.sync()
+        finally:
+            reader.abandon()
+            files.close()
+        return {"tensors": lines}
+
+    def _tensor(self, files: TensorFiles, reader: RowReader, tensor: ExportTensor) -> list[dict[str, Any]]:
+        written = _Written()
+        scales = None
+        if tensor.scales is not None:
+            scales = torch.empty(tensor.scales.shape, dtype=torch.float32)
+            files.read(tensor.scales, 0, bytes_of(scales))
+            if not all_finite(scales):
+                raise ValueError(f"{tensor.scales.file}: {tensor.scales.name}: {first_problem(scales, 0)}.")
+        quantizes = tensor.dtype == FP8 and tensor.stored.dtype != FP8
+        for part in tensor.parts:
+            height = part[-1].stop
+            width = math.prod(tensor.shape[1:] if len(tensor.parts) == 1 else tensor.shape[2:])
+            step = max(1, self._max_elements // max(1, width))
+            if quantizes:
+                step = max(BLOCK, step // BLOCK * BLOCK)
+            for start in range(0, height, step):
+                values = self._slice.tensor(part[0].stored.dtype, min(step, height - start), width)
+                self._gather(reader, part, start, values)
+                self._check(tensor, part, values, start)
+                self._write(files, tensor, self._converted(tensor, values, scales, start, written), written)
+                self._progress(values.nbytes)
+        return self._lines(files, tensor, scales, written)
+
+    def _gather(self, reader: RowReader, part: Sequence[Piece], first: int, values: torch.Tensor) -> None:
+        """Rows ``first ...`` of a part, as many as ``values`` has, from wherever they are."""
+        stop = first + len(values)
+        for piece in part:
+            low, high = max(first, piece.start), min(stop, piece.stop)
+            if low >= high:
+                continue
+            target = values[low - first : high - first]
+            if not piece.halves:
+                reader.read(piece.stored, piece.expert, piece.first + low - piece.start, rows_of(target))
+                continue
+            # Its pairs can only be told apart when all of them are there.
+            head = self._head.tensor(values.dtype, piece.stop - piece.start, values.shape[1])
+            reader.read(piece.stored, piece.expert, piece.first, rows_of(head))
+            target.copy_(pairs_to_halves(head)[low - piece.start : high - piece.start])
+
+    def _check(self, tensor: ExportTensor, part: Sequence[Piece], values: torch.Tensor, first: int) -> None:
+        if not all_finite(values):
+            files = ", ".join(sorted({os.path.basename(chunk.file) for chunk in part[0].stored.chunks}))
+            raise ValueError(
+                f"{files}: {part[0].stored.key} ({tensor.name}): {first_problem(values, first)}. Weights have to be "
+                "finite; export an earlier checkpoint."
+            )
+
+    def _converted(
+        self,
+        tensor: ExportTensor,
+        values: torch.Tensor,
+        scales: torch.Tensor | None,
+        first: int,
+        written: _Written,
+    ) -> torch.Tensor:
+        """A slice as it is to be written."""
+        if tensor.dtype == values.dtype:
+            return values
+        if tensor.dtype == FP8:
+            blocks = slice(first // BLOCK, -(-(first + len(values)) // BLOCK))
+            codes, new = quantize(values, None if scales is None else scales[blocks])
+            written.scales.append(new)
+            return codes
+        kept = scales if values.dtype == FP8 else None
+        output = self._output.tensor(tensor.dtype, *values.shape)
+        output.copy_(cast(values, tensor.dtype, kept, first))
+        if not all_finite(output):
+            raise ValueError(f"{tensor.name}: as {tensor.dtype}, {first_problem(output, first)}: out of its range.")
+        return output
+
+    def _write(self, files: TensorFiles, tensor: ExportTensor, output: torch.Tensor, written: _Written) -> None:
+        data = bytes_of(output)
+        if tensor.place is not None:
+            files.write(tensor.place, written.digest.num_bytes, data)
+        written.digest.update(data)
+
+    def _lines(
+        self, files: TensorFiles, tensor: ExportTensor, scales: torch.Tensor | None, written: _Written
+    ) -> list[dict[str, Any]]:
+        stored = tensor.stored
+        source = {
+            "key": stored.key,
+            "expert": tensor.parts[0][0].expert if len(tensor.parts) == 1 else None,
+            "dtype": str(stored.dtype).removeprefix("torch."),
+            "files": sorted(
+                {os.path.basename(c.file) for part in tensor.parts for piece in part for c in piece.stored.chunks}
+            ),
+        }
+
+        def line(
+            name: str, dtype: str, shape: Sequence[int], digest: str, place: StoredTensor | None
+        ) -> dict[str, Any]:
+            file = os.path.basename(place.file) if place else None
+            told = {"name": name, "shape": list(shape), "dtype": dtype, "sha256": digest, "file": file}
+            return {**told, "source": source}
+
+        lines = [line(tensor.name, DTYPE_NAMES[tensor.dtype], tensor.shape, written.digest.hexdigest(), tensor.place)]
+        if tensor.dtype == FP8:
+            if written.scales:
+                scales = torch.cat(written.scales)
+            assert scales is not None and tuple(scales.shape) == scale_shape(tensor.shape)
+            digest = TensorHash()
+            digest.update(bytes_of(scales))
+            if tensor.scale_place is not None:
+                files.write(tensor.scale_place, 0, bytes_of(scales))
+            name = tensor.name + SCALE_SUFFIX
+            lines.append(line(name, "F32", scales.shape, digest.hexdigest(), tensor.scale_place))
+        return lines

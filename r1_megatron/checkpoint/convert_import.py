@@ -1,0 +1,335 @@
+"""Hugging Face tensors into the part files of a distributed checkpoint: what there is to do, and one unit of it.
+
+A unit is one part file with the megatron-core tensors in it. It is described completely (:class:`ImportUnit`), so any
+process can do it alone, and its result is all that anyone else needs to know of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1_megatron.checkpoint.convert_values import (
+    Buffer,
+    TensorHash,
+    all_finite,
+    bytes_of,
+    cast,
+    first_problem,
+    hash_tensor,
+)
+from r1_megatron.checkpoint.matching import SCALE_SUFFIX
+from r1_megatron.checkpoint.naming import Entry, Rows, fused_expert_name, halves_to_pairs
+from r1_megatron.checkpoint.safetensors_files import DTYPE_NAMES, TORCH_DTYPES, StoredTensor, TensorFiles
+from r1_megatron.checkpoint.torch_dist_files import PartWriter, StoredChunk
+
+# A part file is about this long. It is what a killed conversion does again, and what one worker does alone.
+PART_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class ImportTensor:
+    """One megatron-core tensor: its row in the naming table, where its Hugging Face rows are, what it is stored as.
+
+    ``sources`` and ``scales`` are by the table's names; an expert in a fused tensor is a view into that tensor, and
+    has its name. ``scales`` are of a source in FP8.
+    """
+
+    entry: Entry
+    dtype: torch.dtype
+    sources: Mapping[str, StoredTensor]
+    scales: Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class ImportUnit:
+    """One part file.
+
+    Attributes:
+        wholes: all Hugging Face tensors that are read here, whole, by name.
+        copies: tensors that repeat others; they are only hashed.
+        scale_places: where the block scales are to be copied to, by name.
+    """
+
+    part: str
+    tensors: tuple[ImportTensor, ...]
+    wholes: Mapping[str, StoredTensor]
+    copies: tuple[StoredTensor, ...] = ()
+    scale_places: Mapping[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes to read."""
+        copies = sum(tensor.num_bytes for tensor in self.copies)
+        return copies + sum(tensor.num_bytes for tensor in self.wholes.values())
+
+    @property
+    def sources(self) -> list[str]:
+        """The files that are read."""
+        return sorted({tensor.file for tensor in [*self.wholes.values(), *self.copies]})
+
+
+# ----------------------------------------------------------------------------------------------------------- planning
+
+
+def plan_units(
+    table: Iterable[Entry],
+    tensors: Mapping[str, StoredTensor],
+    dtype_of: Callable[[Entry, str], torch.dtype],
+    copies: Iterable[StoredTensor] = (),
+    scale_places: Mapping[str, StoredTensor] | None = None,
+    part_bytes: int = PART_BYTES,
+) -> list[ImportUnit]:
+    """Split a model into units, in the table's order; a source's tensors stay together with all that reads them.
+
+    Args:
+        table: every megatron-core tensor.
+        tensors: the source's, by name; known to fit the table.
+        dtype_of: the dtype to store an entry in, of the entry and its (common) dtype in the source.
+        copies: tensors that repeat others.
+        scale_places: room for a copy of every scale.
+
+    Raises:
+        ValueError: parts of one tensor have different dtypes, or one that holds no weights; all of them named.
+    """
+    planned, problems = [], []
+    stored_dtypes: dict[str, torch.dtype] = {}
+    for entry in table:
+        try:
+            tensor = _import_tensor(entry, tensors, dtype_of)
+            if stored_dtypes.setdefault(entry.key, tensor.dtype) != tensor.dtype:
+                raise ValueError(
+                    f"{entry.rows[0].name}: would be {tensor.dtype}, other experts of its layer are "
+                    f"{stored_dtypes[entry.key]}. Give all of them one dtype (--dtype, --fp8 dequantize)."
+                )
+            planned.append(tensor)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("these tensors cannot be converted:\n  " + "\n  ".join(problems[:40]))
+    units, group, size = [], [], 0
+    open_fused: set[str] = set()
+    for position, tensor in enumerate(planned):
+        group.append(tensor)
+        size += sum(source.num_bytes for source in tensor.sources.values())
+        open_fused = {source.name for name, source in tensor.sources.items() if source.name != name}
+        following = planned[position + 1].sources.items() if position + 1 < len(planned) else ()
+        # A layer's fused experts are read front to back by one worker.
+        stays_open = open_fused and any(source.name != name for name, source in following)
+        if size >= part_bytes and not stays_open:
+            units.append(_unit(len(units), group, tensors, scale_places or {}))
+            group, size = [], 0
+    if group:
+        units.append(_unit(len(units), group, tensors, scale_places or {}))
+    for number, copy in enumerate(copies):
+        units[number % len(units)] = replace(
+            units[number % len(units)], copies=(*units[number % len(units)].copies, copy)
+        )
+    return units
+
+
+def _import_tensor(
+    entry: Entry, tensors: Mapping[str, StoredTensor], dtype_of: Callable[[Entry, str], torch.dtype]
+) -> ImportTensor:
+    sources = {rows.name: source_of(rows.name, tensors) for rows in entry.rows}
+    scales = {name: tensors[name + SCALE_SUFFIX] for name in sources if name + SCALE_SUFFIX in tensors}
+    dtypes = {source.dtype for source in sources.values()}
+    if len(dtypes) > 1 or not dtypes <= set(TORCH_DTYPES):
+        told = ", ".join(f"{source.name} {source.dtype}" for source in sources.values())
+        raise ValueError(f"{told}: has to be one of {', '.join(TORCH_DTYPES)} for all")
+    return ImportTensor(entry, dtype_of(entry, dtypes.pop()), sources, scales)
+
+
+def source_of(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
+    """The tensor of this name, or the part of a fused tensor that it is (under the fused tensor's name)."""
+    if name in tensors:
+        return tensors[name]
+    fused, expert, part = fused_expert_name(name) or ("", 0, "")
+    whole = tensors[fused]
+    _, height, width = whole.shape
+    item = whole.row_bytes // (height * width)
+    rows = height if part == "down" else height // 2
+    start = whole.start + (expert * height + (rows if part == "up" else 0)) * width * item
+    return replace(whole, shape=(rows, width), start=start)
+
+
+def _unit(
+    number: int,
+    tensors: list[ImportTensor],
+    all_tensors: Mapping[str, StoredTensor],
+    scale_places: Mapping[str, StoredTensor],
+) -> ImportUnit:
+    names = dict.fromkeys(source.name for tensor in tensors for source in tensor.sources.values())
+    names |= dict.fromkeys(source.name for tensor in tensors for source in tensor.scales.values())
+    places = {name: scale_places[name] for name in names if name in scale_places}
+    return ImportUnit(f"__{number}_0.distcp", tuple(tensors), {name: all_tensors[name] for name in names}, (), places)
+
+
+def chunks_of(entry: Entry, max_elements: int) -> Iterator[tuple[int, list[Rows]]]:
+    """Cut a tensor into chunks of at most ``max_elements`` (or one row): first row, and the Hugging Face rows in it.
+
+    Rows that have to be taken as a whole are not cut.
+    """
+    width = entry.shape[1] if len(entry.shape) > 1 else 1
+    most = max(1, max_elements // width)
+    first, pieces, height = 0, [], 0
+    for rows in entry.rows:
+        # Of equal height, as far as possible, instead of full ones and a rest.
+        count = 1 if rows.halves else -(-(rows.stop - rows.start) // most)
+        step = -(-(rows.stop - rows.start) // count)
+        for start in range(rows.start, rows.stop, step):
+            piece = rows._replace(start=start, stop=min(start + step, rows.stop))
+            size = piece.stop - piece.start
+            if pieces and height + size > most:
+                yield first, pieces
+                first, pieces, height = first + height, [], 0
+            pieces.append(piece)
+            height += size
+    if pieces:
+        yield first, pieces
+
+
+# -------------------------------------------------------------------------------------------------------------- doing
+
+
+class ImportWorker:
+    """Does units, one after the other, with the same memory for all of them."""
+
+    def __init__(self, folder: str | Path, max_elements: int, progress: Callable[[int], None]) -> None:
+        self._folder = Path(folder)
+        self._max_elements = max_elements
+        self._progress = progress
+        self._chunk, self._scratch = Buffer(), Buffer()
+
+    def run(self, unit: ImportUnit) -> dict[str, Any]:
+        """Write the unit's part file; answers its chunks, bytes, hashes and the manifest's lines of its tensors.
+
+        Raises:
+            ValueError: NaN or infinite weights or scales, a truncated source; file and tensor are named.
+            OSError: something could not be read or written.
+        """
+        files = TensorFiles()
+        writer = PartWriter(self._folder / unit.part)
+        read: dict[str, TensorHash] = {}
+        stored: dict[str, TensorHash] = {}
+        lines: dict[str, dict[str, Any]] = {}
+        chunks: list[list[Any]] = []
+        try:
+            for tensor in unit.tensors:
+                scales = {name: self._scales(files, place, unit, read) for name, place in tensor.scales.items()}
+                for chunk in self._tensor(files, writer, tensor, scales, read, stored):
+                    chunks.append([tensor.entry.key, chunk.offsets, chunk.sizes, chunk.start, chunk.length])
+                for name, source in tensor.sources.items():
+                    lines.setdefault(source.name, self._line(unit, tensor, name))
+            for name, line in lines.items():
+                whole = unit.wholes[name]
+                assert read[name].num_bytes == whole.num_bytes, f"{name} was not read completely"
+                line["sha256"] = stored[name].hexdigest() if name in stored else read[name].hexdigest()
+                line["source"] = {"file": os.path.basename(whole.file), "dtype": whole.dtype}
+                line["source"]["sha256"] = read[name].hexdigest()
+            copies = {copy.name: hash_tensor(files, copy, self._scratch, self._progress) for copy in unit.copies}
+            files.sync()
+            num_bytes, sha256 = writer.close()
+        finally:
+            writer.abandon()
+            files.close()
+        return {
+            "chunks": chunks,
+            "file": {"bytes": num_bytes, "sha256": sha256},
+            "tensors": [*lines.values(), *self._scale_lines(unit, read)],
+            "copies": copies,
+        }
+
+    def _tensor(
+        self,
+        files: TensorFiles,
+        writer: PartWriter,
+        tensor: ImportTensor,
+        scales: Mapping[str, torch.Tensor],
+        read: dict[str, TensorHash],
+        stored: dict[str, TensorHash],
+    ) -> Iterator[StoredChunk]:
+        """Read, check, convert and write one megatron-core tensor, chunk by chunk."""
+        entry = tensor.entry
+        for first, pieces in chunks_of(entry, self._max_elements):
+            height = sum(rows.stop - rows.start for rows in pieces)
+            chunk = self._chunk.tensor(tensor.dtype, height, *entry.shape[1:])
+            at = 0
+            for rows in pieces:
+                part = chunk[at : at + rows.stop - rows.start]
+                self._rows(files, tensor, rows, part, scales.get(rows.name), read, stored)
+                at += len(part)
+            offsets = (first, *(0 for _ in entry.shape[1:]))
+            if entry.expert is not None:
+                chunk, offsets = chunk.unsqueeze(0), (entry.expert, *offsets)
+            yield writer.add(entry.key, offsets, chunk)
+
+    def _rows(
+        self,
+        files: TensorFiles,
+        tensor: ImportTensor,
+        rows: Rows,
+        part: torch.Tensor,
+        scales: torch.Tensor | None,
+        read: dict[str, TensorHash],
+        stored: dict[str, TensorHash],
+    ) -> None:
+        """One run of Hugging Face rows into its place ``part`` of a chunk."""
+        source = tensor.sources[rows.name]
+        is_cast = TORCH_DTYPES[source.dtype] != tensor.dtype
+        values = self._scratch.tensor(TORCH_DTYPES[source.dtype], *part.shape) if is_cast else part
+        files.read(source, rows.start * source.row_bytes, bytes_of(values))
+        where = f"{source.file}: {rows.name}"
+        if not all_finite(values):
+            raise ValueError(f"{where}: {first_problem(values, rows.start)}. Weights have to be finite.")
+        read.setdefault(source.name, TensorHash()).update(bytes_of(values))
+        if is_cast:
+            part.copy_(cast(values, tensor.dtype, scales, rows.start))
+            if not all_finite(part):
+                raise ValueError(f"{where}: as {tensor.dtype}, {first_problem(part, rows.start)}: out of its range.")
+            stored.setdefault(source.name, TensorHash()).update(bytes_of(part))
+        if rows.halves:
+            part.copy_(halves_to_pairs(part))
+        self._progress(values.nbytes)
+
+    def _scales(
+        self, files: TensorFiles, place: StoredTensor, unit: ImportUnit, read: dict[str, TensorHash]
+    ) -> torch.Tensor:
+        scales = torch.empty(place.shape, dtype=torch.float32)
+        files.read(place, 0, bytes_of(scales))
+        if not all_finite(scales):
+            raise ValueError(f"{place.file}: {place.name}: {first_problem(scales, 0)}. Scales have to be finite.")
+        read[place.name] = TensorHash()
+        read[place.name].update(bytes_of(scales))
+        files.write(unit.scale_places[place.name], 0, bytes_of(scales))
+        self._progress(scales.nbytes)
+        return scales
+
+    def _line(self, unit: ImportUnit, tensor: ImportTensor, name: str) -> dict[str, Any]:
+        whole = unit.wholes[tensor.sources[name].name]
+        return {
+            "name": whole.name,
+            "shape": list(whole.shape),
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "sha256": "",
+            "file": unit.part,
+            "key": tensor.entry.key,
+            "expert": tensor.entry.expert if whole.name == name else None,
+        }
+
+    def _scale_lines(self, unit: ImportUnit, read: Mapping[str, TensorHash]) -> Iterator[dict[str, Any]]:
+        for name, place in unit.scale_places.items():
+            digest, source = read[name].hexdigest(), unit.wholes[name]
+            yield {
+                "name": name,
+                "shape": list(place.shape),
+                "dtype": place.dtype,
+                "sha256": digest,
+                "file": os.path.relpath(place.file, self._folder),
+                "source": {"file": os.path.basename(source.file), "dtype": source.dtype, "sha256": digest},
+            }

@@ -1,0 +1,177 @@
+"""An output folder that exists whole or not at all, and work on it that a kill only interrupts.
+
+Everything is written under ``TARGET.partial/content``; ``TARGET.partial/journal.jsonl`` says for which conversion, and
+has one line for every finished unit, written after the unit's files are on the disk. The end is one rename. Whoever
+finds a ``TARGET`` finds a complete one; whoever finds a ``TARGET.partial`` goes on with it, if it is the same
+conversion of the same files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+_LOCK_PATIENCE_S = 30.0
+
+
+class Partial:
+    """The unfinished output of one conversion.
+
+    Attributes:
+        content: the folder to write into; it becomes the target.
+        lock: a file that every process which writes holds a shared lock on (see :func:`hold`).
+        done: results of finished units, by name.
+    """
+
+    def __init__(self, target: str | Path, identity: Mapping[str, Any], restart: bool = False) -> None:
+        """Begin, or go on with what an earlier process left.
+
+        Args:
+            identity: what makes it this conversion (program, source, options, plan); plain JSON.
+            restart: throw away what is there.
+
+        Raises:
+            FileExistsError: the target exists; or the partial one is another conversion's, or is being written.
+            OSError: it cannot be written there.
+        """
+        self.target = Path(target)
+        self.folder = self.target.with_name(self.target.name + ".partial")
+        self.content = self.folder / "content"
+        self.lock = self.folder / "lock"
+        self.done: dict[str, Any] = {}
+        self._units: dict[str, dict[str, Any]] = {}
+        self._identity = json.loads(json.dumps(identity))
+        refuse_existing(self.target)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock_out_others()
+        path = self.folder / "journal.jsonl"
+        if restart or not self.content.is_dir() or not path.is_file() or path.stat().st_size == 0:
+            self._remove_content()
+            self.content.mkdir()
+            self._journal = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed in finish and close)
+            self._append({"identity": self._identity})
+        else:
+            self._read(path)
+            self._journal = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def _lock_out_others(self) -> None:
+        """One conversion at a time. Workers of a killed one may be about to notice it: wait for them."""
+        self._alone = os.open(self.folder / "owner", os.O_RDWR | os.O_CREAT, 0o644)
+        busy = f"{self.folder} is being written by another process. Wait for it, or choose another target."
+        try:
+            fcntl.flock(self._alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(busy) from error
+        workers = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        give_up = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(workers, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > give_up:
+                    raise FileExistsError(busy) from error
+                time.sleep(0.05)
+        os.close(workers)
+
+    def _remove_content(self) -> None:
+        if self.content.exists():
+            shutil.rmtree(self.content)
+
+    def _read(self, path: Path) -> None:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        # A line without its end was being written when the process was killed: as if it were not there.
+        whole = "\n".join(lines[:-1]) + "\n"
+        if lines[-1]:
+            os.truncate(path, len(whole.encode()))
+        entries = [json.loads(line) for line in lines[:-1]]
+        there = entries[0]["identity"] if entries else {}
+        differing = [name for name in self._identity if there.get(name) != self._identity[name]]
+        if differing:
+            told = "; ".join(
+                f"{name}: {_short(there.get(name))}, now {_short(self._identity[name])}" for name in differing
+            )
+            raise FileExistsError(
+                f"{self.folder} was left by another conversion ({told}). Finish that one, choose another target, or "
+                "throw it away with --restart."
+            )
+        self._units = {entry["unit"]: entry for entry in entries[1:]}
+
+    def adopt(self, unit: str, sources: list[str], is_there: Callable[[Any], bool]) -> bool:
+        """Whether a unit is finished: it is in the journal, its sources have not changed, its output is there."""
+        entry = self._units.get(unit)
+        if entry is None or entry["sources"] != _stamps(sources) or not is_there(entry["result"]):
+            return False
+        self.done[unit] = entry["result"]
+        return True
+
+    def record(self, unit: str, sources: list[str], result: Any) -> None:
+        """A unit is finished; its files are on the disk."""
+        self.done[unit] = result
+        self._append({"unit": unit, "sources": _stamps(sources), "result": result})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self._journal.write(json.dumps(entry, separators=(",", ":")) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def finish(self) -> None:
+        """The content becomes the target.
+
+        Raises:
+            FileExistsError: somebody has made the target meanwhile.
+        """
+        for path in sorted(self.content.rglob("*")):
+            _sync(path)
+        _sync(self.content)
+        refuse_existing(self.target)
+        os.rename(self.content, self.target)
+        _sync(self.target.parent)
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Leave it as it is; the same conversion can go on with it."""
+        if not self._journal.closed:
+            self._journal.close()
+            os.close(self._alone)
+
+
+def refuse_existing(target: str | Path) -> None:
+    """Raises FileExistsError if there is something in the target's place."""
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} exists already; nothing is overwritten. Remove it or choose another target.")
+
+
+def hold(lock: str | Path) -> int:
+    """Say that this process writes, as long as it lives; answers the open file."""
+    descriptor = os.open(lock, os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def _stamps(files: list[str]) -> dict[str, list[int]]:
+    stamps = {}
+    for file in files:
+        status = os.stat(file)
+        stamps[os.path.basename(file)] = [status.st_size, status.st_mtime_ns]
+    return stamps
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,262 @@
+"""The audit manifest of a converted folder, and the check of a folder against it.
+
+``manifest.jsonl`` is JSON, a line each. The first says what was converted, how, and the format. Every other is
+
+* a tensor: ``name``, ``shape`` and ``dtype`` (safetensors' names) in Hugging Face's terms; ``sha256``: of the tensor's
+  bytes, row-major little-endian in Hugging Face's row order, in that dtype, as this folder holds it; ``file``: where
+  that is; ``source``: the file or files it came from, their dtype and, where it was converted from Hugging Face, the
+  ``sha256`` of the bytes there. In a distributed checkpoint ``key`` and ``expert`` say what it became.
+* in a Hugging Face folder also a file: ``file`` and ``bytes`` with the ``sha256`` of all of it, or of a safetensors
+  file the ``header_sha256`` of what precedes its tensors (those have lines of their own).
+
+A distributed checkpoint's files have their sha256 in ``checkpoint.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from r1_megatron.checkpoint.convert_check import CheckUnit, group_checks, hash_file
+from r1_megatron.checkpoint.convert_export import ExportTensor, ExportUnit, group_units, pieces_by_name
+from r1_megatron.checkpoint.convert_run import Resources, do_checks
+from r1_megatron.checkpoint.naming import entries, fused_expert_name
+from r1_megatron.checkpoint.safetensors_files import StoredTensor, read_folder, read_header
+from r1_megatron.checkpoint.torch_dist_files import read_metadata
+from r1_megatron.config.schema import ModelConfig
+
+MANIFEST = "manifest.jsonl"
+DESCRIPTION = "checkpoint.json"
+ORIGIN = "hugging_face"
+SCALES = "weight_scales.safetensors"
+
+
+def write_manifest(folder: Path, head: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> None:
+    """``manifest.jsonl`` of a folder that is not final yet."""
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        for line in [{"format": 1, **head}, *lines]:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first line, and all others.
+
+    Raises:
+        FileNotFoundError: no manifest there. ValueError: damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {MANIFEST}: it was not written by r1-megatron convert")
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        head = lines[0]
+        if not all(isinstance(line, dict) for line in lines) or head.get("format") != 1:
+            raise ValueError("no manifest of format 1")
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path}: damaged: {error!s:.200}") from error
+    return head, lines[1:]
+
+
+def file_lines(folder: Path) -> list[dict[str, Any]]:
+    """Manifest lines of all files of a Hugging Face folder."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name == MANIFEST:
+            continue
+        name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+        if path.suffix == ".safetensors":
+            lines.append({"file": name, "bytes": size, "header_sha256": _hash_header(path)})
+        else:
+            lines.append({"file": name, "bytes": size, "sha256": hash_file(path)[1]})
+    return lines
+
+
+def _hash_header(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(read_header(path).data_start)).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- verifying
+
+
+@dataclass
+class Verification:
+    """What a check found. ``problems`` name the file and, where it can be told, the tensor."""
+
+    folder: Path
+    num_files: int = 0
+    num_tensors: int = 0
+    num_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises ValueError that names everything that differs."""
+        if self.problems:
+            shown = [*self.problems[:40], *(["..."] if len(self.problems) > 40 else [])]
+            raise ValueError(f"{self.folder} is not what was written:\n  " + "\n  ".join(shown))
+
+    def text(self) -> str:
+        """One line for the user."""
+        return (
+            f"{self.folder}: {self.num_tensors} tensors ({self.num_bytes / 1e9:.2f} GB) and {self.num_files} files are "
+            "what was written"
+        )
+
+
+def verify(folder: str | Path, resources: Resources | None = None) -> Verification:
+    """Read a checkpoint or a Hugging Face folder again and compare it with its hashes.
+
+    A checkpoint that training wrote has no manifest; its files are compared with ``checkpoint.json``.
+
+    Raises:
+        FileNotFoundError: nothing there to compare. ValueError: its description is damaged.
+    """
+    folder, resources = Path(folder), resources or Resources()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if (folder / DESCRIPTION).is_file():
+        return _verify_checkpoint(folder, resources)
+    return _verify_hugging_face(folder, resources)
+
+
+def _verify_hugging_face(folder: Path, resources: Resources) -> Verification:
+    _, lines = read_manifest(folder)
+    found = Verification(folder)
+    tensors = {line["name"]: line for line in lines if "name" in line}
+    for line in (line for line in lines if "name" not in line):
+        found.num_files += 1
+        path = folder / line["file"]
+        try:
+            if path.stat().st_size != line["bytes"]:
+                found.problems.append(f"{line['file']}: {path.stat().st_size} bytes, {line['bytes']} were written")
+            elif ("sha256" in line and hash_file(path)[1] != line["sha256"]) or (
+                "header_sha256" in line and _hash_header(path) != line["header_sha256"]
+            ):
+                found.problems.append(f"{line['file']}: its bytes differ")
+        except (OSError, ValueError) as error:
+            found.problems.append(f"{line['file']}: {error}")
+    if found.problems:
+        return found
+    stored = read_folder(folder).tensors
+    _compare(found, tensors, _hashes(group_checks([], [stored[name] for name in tensors]), resources, len(tensors)))
+    return found
+
+
+def _verify_checkpoint(folder: Path, resources: Resources) -> Verification:
+    found = Verification(folder)
+    description = read_description(folder)
+    files = description.get("files") or {}
+    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in files}
+    for name, size in sizes.items():
+        if size != files[name]["bytes"]:
+            told = "missing" if size is None else f"{size} bytes, {files[name]['bytes']} were written"
+            found.problems.append(f"{name}: {told}")
+    found.num_files = len(files)
+    whole = [name for name, size in sizes.items() if size == files[name]["bytes"]]
+    units = group_checks([str(folder / name) for name in whole], [])
+    for result in do_checks([*units], resources, len(whole), "checking files"):
+        for path, (_, sha256) in result["files"].items():
+            name = os.path.relpath(path, folder)
+            if sha256 != files[name]["sha256"]:
+                found.problems.append(f"{name}: its bytes differ (sha256)")
+    if found.problems or not (folder / MANIFEST).is_file():
+        return found
+    _, lines = read_manifest(folder)
+    tensors = {line["name"]: line for line in lines}
+    _compare(found, tensors, _hashes(_checkpoint_units(folder, description, tensors), resources, len(tensors)))
+    return found
+
+
+def _checkpoint_units(
+    folder: Path, description: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> list[CheckUnit | ExportUnit]:
+    """Every tensor of the manifest, to be put together again and hashed."""
+    table = entries(model_of(description, folder), rope_interleave=rope_interleave(folder))
+    pieces = pieces_by_name(table, read_metadata(folder))
+    scales = {tensor.name: tensor for tensor in scale_tensors(folder).values()}
+    fused: dict[str, list[str]] = {}
+    for name in pieces:
+        if known := fused_expert_name(name):
+            fused.setdefault(known[0], []).append(name)
+    exported, plain = [], []
+    for name, line in tensors.items():
+        if name in scales:
+            plain.append(scales[name])
+            continue
+        parts = tuple(pieces[part] for part in ([name] if name in pieces else fused[name]))
+        exported.append(ExportTensor(name, parts[0][0].stored.dtype, tuple(line["shape"]), parts))
+    return [*group_units(exported), *group_checks([], plain)]
+
+
+def _hashes(units: Iterable[CheckUnit | ExportUnit], resources: Resources, num_tensors: int) -> dict[str, tuple]:
+    """sha256 and dtype (where it is known) of every tensor of these units."""
+    found: dict[str, tuple] = {}
+    for result in do_checks(list(units), resources, num_tensors, "checking tensors"):
+        if isinstance(result["tensors"], dict):
+            found |= {name: (sha256, None) for name, sha256 in result["tensors"].items()}
+        else:
+            found |= {line["name"]: (line["sha256"], line["dtype"]) for line in result["tensors"]}
+    return found
+
+
+def _compare(found: Verification, tensors: Mapping[str, Any], hashes: Mapping[str, tuple]) -> None:
+    for name, line in tensors.items():
+        sha256, dtype = hashes.get(name, (None, None))
+        found.num_tensors += 1
+        found.num_bytes += _num_bytes(line)
+        if sha256 != line["sha256"] or (dtype is not None and dtype != line["dtype"]):
+            found.problems.append(f"{line['file']}: {name}: its bytes differ (sha256)")
+
+
+def _num_bytes(line: Mapping[str, Any]) -> int:
+    return StoredTensor(line["name"], line["dtype"], tuple(line["shape"]), "", 0).num_bytes
+
+
+# ------------------------------------------------------------------------------------------- what a checkpoint says
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """``checkpoint.json`` of a whole checkpoint.
+
+    Raises:
+        FileNotFoundError: none there. ValueError: damaged.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        partial = folder.with_name(folder.name + ".partial")
+        why = f"{partial.name} was never finished" if partial.exists() else f"it has no {DESCRIPTION}"
+        raise FileNotFoundError(f"{folder} is no whole checkpoint: {why}")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error!s:.200}") from error
+    if not isinstance(description, dict) or not isinstance(description.get("model"), dict):
+        raise ValueError(f"{path}: damaged: it describes no model")
+    return description
+
+
+def model_of(description: Mapping[str, Any], folder: Path) -> ModelConfig:
+    """The model of a checkpoint. Raises ValueError on fields that this version does not know."""
+    try:
+        return ModelConfig(**description["model"])
+    except TypeError as error:
+        raise ValueError(f"{folder / DESCRIPTION}: model: {error}") from error
+
+
+def rope_interleave(folder: Path) -> bool:
+    """How the Hugging Face side of this checkpoint orders its rotary rows; pairs where nothing is said."""
+    config = folder / ORIGIN / "config.json"
+    return not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("rope_interleave", True) is True
+
+
+def scale_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The block scales of the FP8 source that a checkpoint came from, by the weights' names; often none."""
+    path = folder / ORIGIN / SCALES
+    if not path.is_file():
+        return {}
+    return {tensor.name.removesuffix("_scale_inv"): tensor for tensor in read_header(path).tensors}
