@@ -296,10 +296,10 @@ class ExportWorker:
             return {**told, "source": source}
 
         lines = [line(tensor.name, DTYPE_NAMES[tensor.dtype], tensor.shape, written.digest.hexdigest(), tensor.place)]
-        if tensor.dtype == FP8:
-            if written.scales:
-                scales = torch.cat(written.scales)
-            assert scales is not None and tuple(scales.shape) == scale_shape(tensor.shape)
+        if written.scales:
+            scales = torch.cat(written.scales)
+        if tensor.dtype == FP8 and scales is not None:
+            assert tuple(scales.shape) == scale_shape(tensor.shape)
             digest = TensorHash()
             digest.update(bytes_of(scales))
             if tensor.scale_place is not None:
