@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from r1_megatron.checkpoint.convert_values import Buffer, hash_tensor
+from r1_megatron.checkpoint.integrity import hash_file
 from r1_megatron.checkpoint.safetensors_files import StoredTensor, TensorFiles
-
-_READ_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -48,23 +45,14 @@ class CheckWorker:
         self._buffer = Buffer()
 
     def run(self, unit: CheckUnit) -> dict[str, Any]:
-        """``{"files": {path: [bytes, sha256]}, "tensors": {name: sha256}}``."""
+        """``{"files": {path: {"bytes": size, "sha256": digest}}, "tensors": {name: sha256}}``."""
         open_files = TensorFiles()
         try:
             tensors = {t.name: hash_tensor(open_files, t, self._buffer, self._progress) for t in unit.tensors}
         finally:
             open_files.close()
-        return {"files": {file: list(hash_file(file, self._progress)) for file in unit.files}, "tensors": tensors}
-
-
-def hash_file(path: str | Path, progress: Callable[[int], None] | None = None) -> tuple[int, str]:
-    """A file's bytes and sha256."""
-    digest, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(_READ_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-            if progress is not None:
-                progress(count)
-    return size, digest.hexdigest()
+        files = {}
+        for file in unit.files:
+            files[file] = hash_file(file)
+            self._progress(files[file]["bytes"])
+        return {"files": files, "tensors": tensors}

@@ -18,15 +18,17 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from r1_megatron.checkpoint.convert_check import hash_file
 from r1_megatron.checkpoint.convert_import import ImportUnit, plan_units
 from r1_megatron.checkpoint.convert_journal import Partial
-from r1_megatron.checkpoint.convert_manifest import DESCRIPTION, ORIGIN, SCALES, verify, write_manifest
+from r1_megatron.checkpoint.convert_manifest import SCALES, verify, write_manifest
 from r1_megatron.checkpoint.convert_run import Resources, check_room, check_target, do_units
 from r1_megatron.checkpoint.hf_config import is_fp8, model_from_hf
+from r1_megatron.checkpoint.integrity import files_in, hash_file
 from r1_megatron.checkpoint.matching import Match, match_tensors
 from r1_megatron.checkpoint.naming import Entry, entries
+from r1_megatron.checkpoint.origin import ORIGIN, collect_origin, read_config, write_origin
 from r1_megatron.checkpoint.safetensors_files import (
+    INDEX,
     TORCH_DTYPES,
     Header,
     StoredTensor,
@@ -38,6 +40,7 @@ from r1_megatron.checkpoint.safetensors_files import (
 )
 from r1_megatron.checkpoint.torch_dist_files import StoredChunk, StoredKey, write_metadata
 from r1_megatron.config.schema import ModelConfig
+from r1_megatron.telemetry.run_folder import CHECKPOINT
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -116,8 +119,8 @@ def from_hugging_face(
         results = {part: partial.done[part] for part in units}
         lines = [line for result in results.values() for line in result["tensors"]]
         _check_copies(match, lines, results.values(), weights)
-        write_origin(source, weights, content / ORIGIN)
-        (content / "model.yaml").write_text(yaml.safe_dump({"model": _section(model)}, sort_keys=False))
+        write_side(source, weights, content / ORIGIN)
+        (content / "model.yaml").write_text(yaml.safe_dump({"model": asdict(model)}, sort_keys=False))
         write_metadata(content, stored_keys(table, units.values(), results))
         head = {"conversion": "from-hf", "source": str(source), "options": identity["options"]}
         write_manifest(content, head, lines)
@@ -132,24 +135,6 @@ def from_hugging_face(
 
 
 # ---------------------------------------------------------------------------------------------------- before anything
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a Hugging Face folder.
-
-    Raises:
-        FileNotFoundError: none there. ValueError: it is no JSON object.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json, which says what model it is. Fetch it with the weights.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: cannot be read: {error!s:.200}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: is no JSON object")
-    return config
 
 
 def _match(weights: WeightFolder, model: ModelConfig, source: Path) -> Match:
@@ -262,30 +247,21 @@ def stored_keys(
     return [StoredKey(key, dtypes[key], shape, tuple(chunks[key])) for key, shape in shapes.items()]
 
 
-def write_origin(source: Path, weights: WeightFolder, folder: Path) -> None:
+def write_side(source: Path, weights: WeightFolder, folder: Path) -> None:
     """Everything of the Hugging Face side but the weights; ``source.json`` says how those were stored."""
     shards = [
         {
             "file": name,
             "metadata": header.metadata,
-            "tensors": [[t.name, t.dtype, list(t.shape)] for t in header.tensors],
+            "tensors": [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in header.tensors],
         }
         for name, header in weights.headers.items()
     ]
-    told = {"format": 1, "index_metadata": weights.index_metadata, "shards": shards}
-    (folder / "source.json").write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
-    for path in sorted(source.iterdir()):
-        if path.is_file() and _is_carried(path.name):
-            (folder / path.name).write_bytes(path.read_bytes())
-
-
-def _is_carried(name: str) -> bool:
-    return name.endswith((".json", ".jinja", ".model", ".txt", ".md"))
-
-
-def _section(model: ModelConfig) -> dict[str, Any]:
-    """The model's fields as a run's YAML may have them."""
-    return {name: value for name, value in asdict(model).items() if name != "preset"}
+    told = {"format": 1, "shards": shards}
+    files = collect_origin(source) | {"source.json": (json.dumps(told, ensure_ascii=False) + "\n").encode()}
+    if (source / INDEX).is_file():
+        files[INDEX] = source / INDEX
+    write_origin(folder, files)
 
 
 def _write_description(
@@ -302,11 +278,7 @@ def _write_description(
     main = max(by_dtype, key=lambda dtype: by_dtype[dtype])
     has_scales = (content / ORIGIN / SCALES).exists()
     files = {part: result["file"] for part, result in results.items()}
-    for path in sorted(content.rglob("*")):
-        name = path.relative_to(content).as_posix()
-        if path.is_file() and name not in files:
-            size, sha256 = hash_file(path)
-            files[name] = {"bytes": size, "sha256": sha256}
+    files |= {name: hash_file(content / name) for name in files_in(content) if name not in files}
     description = {
         "format": 1,
         "stage": "convert",
@@ -319,4 +291,4 @@ def _write_description(
         },
         "files": files,
     }
-    (content / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    (content / CHECKPOINT).write_text(json.dumps(description, indent=2) + "\n")

@@ -22,17 +22,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r1_megatron.checkpoint.convert_check import CheckUnit, group_checks, hash_file
+from r1_megatron.checkpoint.convert_check import CheckUnit, group_checks
 from r1_megatron.checkpoint.convert_export import ExportTensor, ExportUnit, group_units, pieces_by_name
 from r1_megatron.checkpoint.convert_run import Resources, do_checks
+from r1_megatron.checkpoint.integrity import file_problems, files_in, hash_file
 from r1_megatron.checkpoint.naming import entries, fused_expert_name
+from r1_megatron.checkpoint.origin import ORIGIN, read_config
 from r1_megatron.checkpoint.safetensors_files import StoredTensor, read_folder, read_header
 from r1_megatron.checkpoint.torch_dist_files import read_metadata
 from r1_megatron.config.schema import ModelConfig
+from r1_megatron.telemetry.run_folder import CHECKPOINT
 
 MANIFEST = "manifest.jsonl"
-DESCRIPTION = "checkpoint.json"
-ORIGIN = "hugging_face"
 SCALES = "weight_scales.safetensors"
 
 
@@ -65,14 +66,14 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def file_lines(folder: Path) -> list[dict[str, Any]]:
     """Manifest lines of all files of a Hugging Face folder."""
     lines = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir() or path.name == MANIFEST:
+    for name in files_in(folder):
+        if name == MANIFEST:
             continue
-        name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+        path = folder / name
         if path.suffix == ".safetensors":
-            lines.append({"file": name, "bytes": size, "header_sha256": _hash_header(path)})
+            lines.append({"file": name, "bytes": path.stat().st_size, "header_sha256": _hash_header(path)})
         else:
-            lines.append({"file": name, "bytes": size, "sha256": hash_file(path)[1]})
+            lines.append({"file": name, **hash_file(path)})
     return lines
 
 
@@ -119,7 +120,7 @@ def verify(folder: str | Path, resources: Resources | None = None) -> Verificati
     folder, resources = Path(folder), resources or Resources()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    if (folder / DESCRIPTION).is_file():
+    if (folder / CHECKPOINT).is_file():
         return _verify_checkpoint(folder, resources)
     return _verify_hugging_face(folder, resources)
 
@@ -128,19 +129,16 @@ def _verify_hugging_face(folder: Path, resources: Resources) -> Verification:
     _, lines = read_manifest(folder)
     found = Verification(folder)
     tensors = {line["name"]: line for line in lines if "name" in line}
-    for line in (line for line in lines if "name" not in line):
-        found.num_files += 1
-        path = folder / line["file"]
-        try:
-            if path.stat().st_size != line["bytes"]:
-                found.problems.append(f"{line['file']}: {path.stat().st_size} bytes, {line['bytes']} were written")
-            elif ("sha256" in line and hash_file(path)[1] != line["sha256"]) or (
-                "header_sha256" in line and _hash_header(path) != line["header_sha256"]
-            ):
-                found.problems.append(f"{line['file']}: its bytes differ")
-        except (OSError, ValueError) as error:
-            found.problems.append(f"{line['file']}: {error}")
+    files = {line["file"]: line for line in lines if "name" not in line}
+    weights = [name for name in files if "header_sha256" in files[name]]
+    found.num_files = len(files)
+    found.problems += file_problems(folder, files, [name for name in files if name not in weights])
+    found.problems += file_problems(folder, files, weights, contents=False)
     if found.problems:
+        return found
+    changed = [name for name in weights if _hash_header(folder / name) != files[name]["header_sha256"]]
+    if changed:
+        found.problems += [f"{name}: its header was changed" for name in changed]
         return found
     stored = read_folder(folder).tensors
     _compare(found, tensors, _hashes(group_checks([], [stored[name] for name in tensors]), resources, len(tensors)))
@@ -151,18 +149,15 @@ def _verify_checkpoint(folder: Path, resources: Resources) -> Verification:
     found = Verification(folder)
     description = read_description(folder)
     files = description.get("files") or {}
-    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in files}
-    for name, size in sizes.items():
-        if size != files[name]["bytes"]:
-            told = "missing" if size is None else f"{size} bytes, {files[name]['bytes']} were written"
-            found.problems.append(f"{name}: {told}")
     found.num_files = len(files)
-    whole = [name for name, size in sizes.items() if size == files[name]["bytes"]]
-    units = group_checks([str(folder / name) for name in whole], [])
-    for result in do_checks([*units], resources, len(whole), "checking files"):
-        for path, (_, sha256) in result["files"].items():
+    found.problems += file_problems(folder, files, contents=False)
+    if found.problems:
+        return found
+    units = group_checks([str(folder / name) for name in files], [])
+    for result in do_checks([*units], resources, len(files), "checking files"):
+        for path, hashed in result["files"].items():
             name = os.path.relpath(path, folder)
-            if sha256 != files[name]["sha256"]:
+            if hashed["sha256"] != files[name]["sha256"]:
                 found.problems.append(f"{name}: its bytes differ (sha256)")
     if found.problems or not (folder / MANIFEST).is_file():
         return found
@@ -226,10 +221,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: none there. ValueError: damaged.
     """
-    path = folder / DESCRIPTION
+    path = folder / CHECKPOINT
     if not path.is_file():
         partial = folder.with_name(folder.name + ".partial")
-        why = f"{partial.name} was never finished" if partial.exists() else f"it has no {DESCRIPTION}"
+        why = f"{partial.name} was never finished" if partial.exists() else f"it has no {CHECKPOINT}"
         raise FileNotFoundError(f"{folder} is no whole checkpoint: {why}")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -245,13 +240,13 @@ def model_of(description: Mapping[str, Any], folder: Path) -> ModelConfig:
     try:
         return ModelConfig(**description["model"])
     except TypeError as error:
-        raise ValueError(f"{folder / DESCRIPTION}: model: {error}") from error
+        raise ValueError(f"{folder / CHECKPOINT}: model: {error}") from error
 
 
 def rope_interleave(folder: Path) -> bool:
     """How the Hugging Face side of this checkpoint orders its rotary rows; pairs where nothing is said."""
-    config = folder / ORIGIN / "config.json"
-    return not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("rope_interleave", True) is True
+    origin = folder / ORIGIN
+    return not (origin / "config.json").is_file() or read_config(origin).get("rope_interleave", True) is True
 
 
 def scale_tensors(folder: Path) -> dict[str, StoredTensor]:

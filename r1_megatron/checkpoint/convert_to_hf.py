@@ -17,12 +17,10 @@ from typing import Any, Literal
 
 import torch
 
-from r1_megatron.checkpoint.convert_check import hash_file
 from r1_megatron.checkpoint.convert_export import ExportTensor, Piece, group_units, pieces_by_name
 from r1_megatron.checkpoint.convert_from_hf import DTYPES, Converted, ensure_file, plan_digest
 from r1_megatron.checkpoint.convert_journal import Partial
 from r1_megatron.checkpoint.convert_manifest import (
-    ORIGIN,
     SCALES,
     file_lines,
     model_of,
@@ -34,8 +32,10 @@ from r1_megatron.checkpoint.convert_manifest import (
 )
 from r1_megatron.checkpoint.convert_run import Resources, check_room, check_target, do_units
 from r1_megatron.checkpoint.hf_config import hf_from_model
+from r1_megatron.checkpoint.integrity import file_problems, files_in
 from r1_megatron.checkpoint.matching import SCALE_SUFFIX, scale_shape
 from r1_megatron.checkpoint.naming import aliases, entries, fused_expert_name
+from r1_megatron.checkpoint.origin import ORIGIN, exported_config, read_config, write_origin
 from r1_megatron.checkpoint.safetensors_files import (
     DTYPE_NAMES,
     INDEX,
@@ -51,10 +51,6 @@ from r1_megatron.checkpoint.torch_dist_files import read_metadata
 from r1_megatron.config.schema import ModelConfig
 
 FP8 = torch.float8_e4m3fn
-# As DeepSeek-V3's config.json has it; what hf_config reads.
-QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-_DTYPE_WORDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", FP8: "bfloat16"}
-
 Tensor = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
 
 
@@ -79,11 +75,10 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of the Hugging Face source (``source.json``): files with their tensors, text metadata of both."""
+    """What is known of the Hugging Face source (``source.json``): its files with their tensors and text metadata."""
 
     shards: Mapping[str, tuple[Tensor, ...]]
     metadata: Mapping[str, Mapping[str, str]]
-    index_metadata: Mapping[str, Any] | None
 
 
 def to_hugging_face(
@@ -154,14 +149,14 @@ def check_small_files(checkpoint: Path, description: Mapping[str, Any]) -> None:
 
     The parts' bytes are checked while they are read, by the CRC-32 of every chunk.
     """
-    for name, told in (description.get("files") or {}).items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing; checkpoint.json names it. Take another checkpoint.")
-        size = path.stat().st_size
-        if size != told["bytes"] or (path.suffix != ".distcp" and hash_file(path)[1] != told["sha256"]):
-            what = f"{size} bytes, {told['bytes']} were written" if size != told["bytes"] else "its bytes have changed"
-            raise ValueError(f"{path}: damaged: {what}. Fetch it again, or take another checkpoint.")
+    files = description.get("files") or {}
+    parts = [name for name in files if name.endswith(".distcp")]
+    problems = file_problems(checkpoint, files, parts, contents=False)
+    problems += file_problems(checkpoint, files, [name for name in files if name not in parts])
+    if problems:
+        raise ValueError(
+            f"{checkpoint} is damaged: {'; '.join(problems)}. Fetch these files again, or take another checkpoint."
+        )
 
 
 def read_source(checkpoint: Path) -> Source | None:
@@ -178,14 +173,14 @@ def read_source(checkpoint: Path) -> Source | None:
         metadata = {shard["file"]: shard["metadata"] for shard in told["shards"]}
         if told["format"] != 1 or any(name != Path(name).name for name in shards):
             raise ValueError("format or file names are unknown")
-        return Source(shards, metadata, told["index_metadata"])
+        return Source(shards, metadata)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged: {error!s:.200}") from error
 
 
 def _config(checkpoint: Path, model: ModelConfig) -> dict[str, Any]:
-    path = checkpoint / ORIGIN / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else hf_from_model(model)
+    origin = checkpoint / ORIGIN
+    return read_config(origin) if (origin / "config.json").is_file() else hf_from_model(model)
 
 
 # ----------------------------------------------------------------------------------------------------------- planning
@@ -360,30 +355,23 @@ def _write_small_files(
     shards: Mapping[str, tuple[Tensor, ...]],
 ) -> None:
     origin = checkpoint / ORIGIN
-    if origin.is_dir():
-        for path in sorted(origin.iterdir()):
-            if path.name not in ("config.json", "source.json", SCALES, INDEX):
-                (content / path.name).write_bytes(path.read_bytes())
+    ours = ("config.json", "source.json", SCALES, INDEX)
+    names = [name for name in files_in(origin) if name not in ours] if origin.is_dir() else []
+    files: dict[str, bytes | Path] = {name: origin / name for name in names}
     if source is not None and dict(shards) == dict(source.shards):  # an unchanged model, to the byte
-        for name in ("config.json", INDEX):
-            if (origin / name).is_file():
-                (content / name).write_bytes((origin / name).read_bytes())
-        return
-    (content / "config.json").write_text(json.dumps(config_for(config, shards), indent=2) + "\n")
-    if SINGLE not in headers:
-        (content / INDEX).write_text(build_index(headers))
+        files |= {name: origin / name for name in ("config.json", INDEX) if (origin / name).is_file()}
+    else:
+        files["config.json"] = (json.dumps(_config_for(config, shards), indent=2) + "\n").encode()
+        if SINGLE not in headers:
+            files[INDEX] = build_index(headers).encode()
+    write_origin(content, files)
 
 
-def config_for(config: dict[str, Any], shards: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Any]:
+def _config_for(config: dict[str, Any], shards: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Any]:
     """``config.json`` for weights in other dtypes than it was written for."""
-    config = dict(config)
     sizes: dict[str, int] = {}
     for _, dtype, shape in (tensor for shard in shards.values() for tensor in shard):
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape) * item_size(dtype)
-    word = _DTYPE_WORDS[TORCH_DTYPES[max(sizes, key=lambda dtype: sizes[dtype])]]
-    config["dtype" if "dtype" in config else "torch_dtype"] = word
-    if "F8_E4M3" in sizes:
-        config.setdefault("quantization_config", QUANTIZATION)
-    else:
-        config.pop("quantization_config", None)
-    return config
+    fp8 = sizes.pop("F8_E4M3", 0) > 0
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    return exported_config(config, str(TORCH_DTYPES[most]).removeprefix("torch."), fp8)
