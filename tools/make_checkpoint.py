@@ -92,7 +92,8 @@ def make_checkpoint(
 
 def is_quantized(name: str) -> bool:
     """Whether DeepSeek-V3 keeps this tensor in FP8: the projections of attention and of every MLP."""
-    return name.endswith("_proj.weight") and (".self_attn." in name or ".mlp." in name)
+    is_projection = name.endswith(("_proj.weight", "_proj_with_mqa.weight"))
+    return is_projection and (".self_attn." in name or ".mlp." in name)
 
 
 def _layout(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ from r1_megatron.checkpoint.torch_dist_files import read_metadata
 from r1_megatron.config.schema import ModelConfig
 
 FP8 = torch.float8_e4m3fn
+_PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
+
 Tensor = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
 
 
@@ -275,7 +278,7 @@ def _dtype(
 
 def is_projection(name: str) -> bool:
     """What DeepSeek-V3 has in FP8: the projections of attention and of every MLP, each expert's by itself."""
-    return name.endswith("_proj.weight") and (".self_attn." in name or ".mlp." in name)
+    return _PROJECTION.search(name) is not None
 
 
 def _weight(name: str) -> str:
