@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from r1_megatron.checkpoint.torch_dist_files import read_metadata
 
 _BLOCK = 1 << 22
 
@@ -47,11 +51,35 @@ def file_problems(
             problems.append(f"{name} is missing")
         elif (size := path.stat().st_size) != listed["bytes"]:
             problems.append(f"{name} has {size} bytes, written were {listed['bytes']}")
-        elif contents and (found := hash_file(path)["sha256"]) != listed["sha256"]:
-            problems.append(
-                f"{name} was changed or is damaged (sha256 {found[:16]}..., written {listed['sha256'][:16]}...)"
-            )
+        elif contents and hash_file(path)["sha256"] != listed["sha256"]:
+            where = f" in {', '.join(bad[:3])}" if (bad := damaged_tensors(folder, name)) else ""
+            more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
+            problems.append(f"{name} was changed or is damaged{where}{more}: its sha256 is not the one written")
     return problems
+
+
+def damaged_tensors(folder: str | Path, name: str) -> list[str]:
+    """The tensors in a ``.distcp`` file whose checksum, torch.save's own for every one of them, is not theirs."""
+    path = Path(folder) / name
+    bad = set()
+    try:
+        stored = read_metadata(folder).values() if path.suffix == ".distcp" else ()
+    except (ValueError, OSError):
+        return []  # the index is damaged as well
+    for tensor in stored:
+        for chunk in tensor.chunks:
+            if Path(chunk.file).name == name and not _is_whole(path, chunk.start, chunk.length):
+                bad.add(tensor.key)
+    return sorted(bad)
+
+
+def _is_whole(path: Path, start: int, length: int) -> bool:
+    with open(path, "rb") as file:
+        file.seek(start)
+        try:
+            return zipfile.ZipFile(io.BytesIO(file.read(length))).testzip() is None
+        except zipfile.BadZipFile:
+            return False
 
 
 def flush(path: str | Path) -> None:

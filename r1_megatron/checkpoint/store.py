@@ -22,8 +22,11 @@ from torch.distributed.checkpoint import CheckpointException
 
 from r1_megatron.checkpoint.contents import Contents
 from r1_megatron.checkpoint.integrity import file_problems
+from r1_megatron.checkpoint.kept_fp8 import keeps_fp8, scale_weights
+from r1_megatron.checkpoint.naming import entries_by_name
 from r1_megatron.checkpoint.optimizer_state import prepare_state
 from r1_megatron.checkpoint.random_states import set_random_states
+from r1_megatron.checkpoint.torch_dist_files import read_metadata
 from r1_megatron.checkpoint.writer import CheckpointWriter, first_cause
 from r1_megatron.config.schema import ModelConfig
 from r1_megatron.model.parameters import global_parameters
@@ -91,6 +94,8 @@ def load_checkpoint(
             loaded = dist_checkpointing.load(contents.sharded_state(), str(folder))
         for index, chunk in enumerate(contents.chunks):
             chunk.load_state_dict(loaded[f"chunk{index}"])
+        if keeps_fp8(description):
+            scale_weights(folder, model, contents.chunks, contents.groups)
         if contents.random:
             set_random_states({name: rows[0] for name, rows in loaded["random"].items()})
     except CheckpointException as error:  # torch's, on all ranks; it is no Exception and holds one of them per rank
@@ -102,7 +107,7 @@ def load_checkpoint(
         raise ValueError(f"{field}: {folder} does not hold this model: {error}") from error
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
         raise DamagedCheckpoint(_damaged(folder, field, f"{type(error).__name__}: {error}")) from error
-    _check_finite(folder, contents, field)
+    _check_finite(folder, contents, model, field)
     return description
 
 
@@ -145,15 +150,26 @@ def verify_together(folder: Path, description: dict[str, Any]) -> str:
     return _from_all_ranks(file_problems(folder, files, mine))
 
 
-def _check_finite(folder: Path, contents: Contents, field: str) -> None:
+def _check_finite(folder: Path, contents: Contents, model: ModelConfig, field: str) -> None:
     bad = [
-        f"{parameter.name} holds NaN or infinity"
+        f"{parameter.name} holds NaN or infinity ({_files_of(folder, model, parameter.name)})"
         for chunk in contents.chunks
         for parameter in global_parameters(chunk, contents.groups, biases=True)
         if not torch.isfinite(parameter.tensor).all()
     ]
     if problems := _from_all_ranks(bad):
         raise DamagedCheckpoint(_damaged(folder, field, problems))
+
+
+def _files_of(folder: Path, model: ModelConfig, name: str) -> str:
+    """The files that hold a parameter, in words."""
+    entry = entries_by_name(model)[name]
+    stored = read_metadata(folder).get(entry.key)
+    chunks = stored.chunks if stored else ()
+    if entry.expert is not None:
+        chunks = [chunk for chunk in chunks if chunk.offsets[0] <= entry.expert < chunk.offsets[0] + chunk.sizes[0]]
+    files = sorted({Path(chunk.file).name for chunk in chunks})
+    return f"in {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}"
 
 
 def _from_all_ranks(problems: list[str]) -> str:

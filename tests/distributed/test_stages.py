@@ -491,7 +491,7 @@ DAMAGES = {
         lambda folder: cut(folder / "__0_0.distcp"),
     ),
     "a bit is flipped": (
-        r"__0_0\.distcp was changed or is damaged \(sha256",
+        r"__0_0\.distcp was changed or is damaged in \S+weight: its sha256",
         lambda folder: flip(folder / "__0_0.distcp"),
     ),
     "the index is missing": (r"\.metadata is missing", lambda folder: (folder / ".metadata").unlink()),
