@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from r1_megatron.checkpoint.kept_fp8 import keeps_fp8, scale_weights
 from r1_megatron.checkpoint.naming import entries_by_name
 from r1_megatron.checkpoint.optimizer_state import prepare_state
 from r1_megatron.checkpoint.random_states import set_random_states
+from r1_megatron.checkpoint.same_model import check_same_model
 from r1_megatron.checkpoint.torch_dist_files import read_metadata
 from r1_megatron.checkpoint.writer import CheckpointWriter, first_cause
 from r1_megatron.config.schema import ModelConfig
@@ -33,16 +33,6 @@ from r1_megatron.model.parameters import global_parameters
 from r1_megatron.parallel.device import cuda_type_names
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.telemetry.run_folder import CHECKPOINT, PARTIAL
-
-# Fields of the model's configuration that training may change; any other one makes the weights another function.
-_TRAINING_ONLY = {
-    "preset",
-    "init_method_std",
-    "max_position_embeddings",
-    "moe_aux_loss_coeff",
-    "moe_router_bias_update_rate",
-    "mtp_loss_scaling_factor",
-}
 
 
 class DamagedCheckpoint(ValueError):
@@ -122,24 +112,6 @@ def read_description(folder: str | Path, field: str = "checkpoint.load") -> dict
     except (ValueError, AssertionError) as error:
         raise DamagedCheckpoint(_damaged(Path(folder), field, f"{CHECKPOINT} is not readable ({error})")) from error
     return description
-
-
-def check_same_model(folder: str | Path, model: ModelConfig, written: dict[str, Any], field: str) -> None:
-    """Raises ValueError if the checkpoint's description tells of another model.
-
-    Without this, a model with fewer layers would be filled from the first ones and never say so.
-    """
-    ours = asdict(model)
-    differing = [
-        f"model.{name}={json.dumps(ours[name])}, there {json.dumps(written[name])}"
-        for name in ours
-        if name not in _TRAINING_ONLY and name in written and written[name] != ours[name]
-    ]
-    if differing:
-        raise ValueError(
-            f"{field}: {folder} holds another model: {'; '.join(differing)}. "
-            "Give both stages the same model section, or load another checkpoint."
-        )
 
 
 def verify_together(folder: Path, description: dict[str, Any]) -> str:
