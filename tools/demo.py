@@ -4,8 +4,9 @@
 
 1. A light supervised base on noisy traces, split over 2 pipeline stages.
 2. GRPO with rule rewards from that checkpoint, now over 2 expert-parallel ranks: it is resharded on the way.
+3. The result as a Hugging Face folder, loaded with `AutoModelForCausalLM` and asked one held-out problem.
 
-Prints what the held-out problems say before and after, and where to look.
+Prints what the held-out problems say before and after, and where to look. Interrupted, it goes on when started again.
 """
 
 from __future__ import annotations
@@ -27,20 +28,46 @@ def main() -> int:
     runs = parser.parse_args().runs
     base, zero = runs / "base", runs / "zero"
     started = time.monotonic()
-    if (base / "checkpoints" / "final" / "checkpoint.json").is_file():
-        print(f"the base model is there already: {base}")
-    else:
-        train("chain_sum_base.yaml", base)
+    train("chain_sum_base.yaml", base)
     train("chain_sum_zero_ep2.yaml", zero, f"checkpoint.load={base}/checkpoints/final")
+    exported = runs / "zero_hf"
+    if not exported.exists():
+        run("convert", "to-hf", str(zero / "checkpoints" / "final"), str(exported), "--verify", "--quiet")
+    ask(exported, zero)
     return summarise(base, zero, time.monotonic() - started)
 
 
 def train(example: str, folder: Path, *overrides: str) -> None:
-    command = [sys.executable, "-m", "r1_megatron.cli", "train", str(ROOT / "examples" / example)]
-    overrides = (f"output_dir={folder}", "parallel.device=cpu", *overrides)
-    code = subprocess.run([*command, *overrides], env=os.environ).returncode
+    run("train", str(ROOT / "examples" / example), f"output_dir={folder}", "parallel.device=cpu", *overrides)
+
+
+def run(*arguments: str) -> None:
+    code = subprocess.run([sys.executable, "-m", "r1_megatron.cli", *arguments], env=os.environ).returncode
     if code:
         sys.exit(code)
+
+
+def ask(exported: Path, zero: Path) -> None:
+    """One held-out problem for the exported model, by nothing but Transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from r1_megatron.config.load import load_config
+    from r1_megatron.data.tasks import build_task
+
+    logging.disable_progress_bar()
+    data = load_config(zero / "config.yaml").data
+    task = build_task(data.source, data.task_options, data.num_train, data.num_eval, data.seed)
+    problem = task.eval[0]
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    chat = [{"role": "user", "content": task.prompt_text(problem)}]
+    asked = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+    answered = model.generate(**asked, max_new_tokens=48, do_sample=False)
+    print(f"""
+exported for Transformers: {exported}
+  AutoModelForCausalLM, greedy, a held-out problem (the answer is {task.label(problem)}):
+  {tokenizer.decode(answered[0])}""")
 
 
 def summarise(base: Path, zero: Path, seconds: float) -> int:

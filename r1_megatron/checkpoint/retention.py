@@ -71,6 +71,11 @@ def newest_to_resume(folder: str | Path) -> Saved | None:
     return max((saved for saved in saved_checkpoints(folder) if saved.can_resume), key=_age, default=None)
 
 
+def unreadable(folder: str | Path) -> list[Path]:
+    """Checkpoints that were whole once and whose description cannot be read: how new they are nobody knows."""
+    return [saved.path for saved in saved_checkpoints(folder) if not saved.description]
+
+
 def before(folder: str | Path, saved: Saved) -> Saved | None:
     """The newest one to resume from that is older than ``saved``."""
     older = (other for other in saved_checkpoints(folder) if other.can_resume and _age(other) < _age(saved))
@@ -98,7 +103,7 @@ def make_room(folder: str | Path, start: Saved) -> Saved:
     """
     folder = Path(folder)
     for saved in saved_checkpoints(folder):
-        if saved.can_resume and _age(saved) > _age(start):
+        if not saved.description or (saved.can_resume and _age(saved) > _age(start)):
             saved.path.rename(folder / free_name(folder, f"damaged_{saved.path.name}"))
     if start.path.name != FINAL:
         return start

@@ -38,22 +38,28 @@ def find_start(cfg: RunConfig) -> retention.Saved | None:
         for name in retention.prepare(folder):
             print(f"{folder / name} was never finished; it is removed", flush=True)
     saved = _from_first_rank(retention.newest_to_resume(folder) if is_first else None)
+    for path in _from_first_rank(retention.unreadable(folder) if is_first else None):
+        _pass_over(cfg, f"{path} is damaged: its {run_folder.CHECKPOINT} cannot be read", saved)
     while saved is not None and cfg.checkpoint.verify and (problems := verify_together(saved.path, saved.description)):
         older = _from_first_rank(retention.before(folder, saved) if is_first else None)
-        said = f"the newest checkpoint {saved.path} is damaged or incomplete: {problems}. "
-        if cfg.checkpoint.on_damaged == "stop":
-            remedy = f"The one before it is {older.path}" if older else "There is none before it"
-            raise DamagedCheckpoint(
-                f"{said}{remedy}: set checkpoint.on_damaged=previous to go on from "
-                f"{'it' if older else 'the beginning'}, or bring the files back."
-            )
-        if is_first:
-            print(f"{said}Going on from {older.path if older else 'the beginning'} instead.", flush=True)
+        _pass_over(cfg, f"the newest checkpoint {saved.path} is damaged or incomplete: {problems}", older)
         saved = older
     if is_first:
         saved = None if saved is None else retention.make_room(folder, saved)
         run_folder.cut_back(cfg.output_dir, {} if saved is None else saved.description["state"]["log"])
     return _from_first_rank(saved)
+
+
+def _pass_over(cfg: RunConfig, problem: str, older: retention.Saved | None) -> None:
+    """Say what is wrong with a checkpoint and which one comes before it; raises unless that one is to be taken."""
+    if cfg.checkpoint.on_damaged == "stop":
+        remedy = f"The one before it is {older.path}" if older else "There is none before it"
+        raise DamagedCheckpoint(
+            f"{problem}. {remedy}: set checkpoint.on_damaged=previous to go on from "
+            f"{'it' if older else 'the beginning'}, or bring the files back."
+        )
+    if dist.get_rank() == 0:
+        print(f"{problem}. Going on from {older.path if older else 'the beginning'} instead.", flush=True)
 
 
 def restore(cfg: RunConfig, saved: retention.Saved, policy: Policy) -> None:

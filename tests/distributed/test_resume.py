@@ -152,6 +152,17 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_offered(ranks: 
     ]
 
 
+def test_a_description_that_cannot_be_read_is_named(ranks: RankPool, half, tmp_path: Path) -> None:
+    first, whole = half("ep2")
+    folder = Path(shutil.copytree(first, tmp_path / "run"))
+    (folder / "checkpoints/step_000002/checkpoint.json").write_text("{")
+    kind, message = go(ranks, folder, "ep2")
+    assert kind == "DamagedCheckpoint" and "step_000002 is damaged: its checkpoint.json cannot be read" in message
+    assert "step_000001: set checkpoint.on_damaged=previous" in message
+    assert go(ranks, folder, "ep2", {"checkpoint": {"on_damaged": "previous"}}) == ("", "")
+    assert differences(folder, whole) == []
+
+
 def test_weights_that_are_not_numbers(ranks: RankPool, tmp_path: Path) -> None:
     name = "decoder.layers.2.mlp.experts.local_experts.5.linear_fc1.weight"
     ranks.run(checks.save_with_nan, 2, folder=str(tmp_path / "nan"), parallel=LAYOUTS["ep2"], name=name)
