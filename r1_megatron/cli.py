@@ -67,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         help="run the stage that a YAML file describes",
         description="Checks the configuration, starts one process per rank on this machine and watches over them. "
         "Under torchrun or srun, where this process already is a rank, it joins that job instead.",
-        epilog="Everything the run writes lies in its output_dir, which must not hold another run. Example: "
+        epilog="Everything the run writes lies in its output_dir, which must not hold another run; one that "
+        "holds this run is gone on with. Example: "
         "r1-megatron train examples/chain_sum_base.yaml train.steps=20 output_dir=runs/short",
     )
     _add_config_arguments(train)

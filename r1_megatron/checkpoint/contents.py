@@ -65,22 +65,14 @@ def _model_state(chunk: torch.nn.Module, groups: ProcessGroups) -> dict[str, Any
         "non_homogeneous_layers": True,
     }
     state = chunk.sharded_state_dict(metadata=metadata)
-    return {name: _under_plain_name(leaf) for name, leaf in state.items() if not _is_empty(leaf)}
-
-
-def _is_empty(leaf: Any) -> bool:
-    """Only Transformer Engine's modules have an extra state; megatron-core writes None for every other one.
-
-    Left out, a checkpoint does not tell which module held a weight: stacked experts and single ones are exchanged.
-    """
-    return isinstance(leaf, ShardedObject) and leaf.data is None
-
-
-def _under_plain_name(leaf: ShardedBase) -> ShardedBase:
-    """Transformer Engine's fused norms lie under the names of separate ones: either kind of layer reads the other's."""
-    if isinstance(leaf, ShardedObject):
-        return leaf
-    return replace(leaf, key=plain_name(leaf.key))
+    # Objects are extra states: None, but for Transformer Engine's modules, whose pickles nobody should have to trust.
+    # Left out, a checkpoint does not tell which module held a weight: stacked experts and single ones are exchanged.
+    # Transformer Engine's fused norms lie under the names of separate ones: either kind of layer reads the other's.
+    return {
+        name: replace(leaf, key=plain_name(leaf.key))
+        for name, leaf in state.items()
+        if not isinstance(leaf, ShardedObject)
+    }
 
 
 def _with_tensors(
@@ -91,5 +83,4 @@ def _with_tensors(
     return {
         name: replace(leaf, key=f"reference.{leaf.key}", data=tensors[names[id(leaf.data)]])
         for name, leaf in state.items()
-        if not isinstance(leaf, ShardedObject)
     }

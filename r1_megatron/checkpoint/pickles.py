@@ -7,8 +7,10 @@ have been called with; nothing is imported or called. Names outside the short li
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from collections import OrderedDict
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -51,8 +53,10 @@ class Record:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if not name.isidentifier():  # "os.system" of a module that imports os
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no class")
         if module == "torch":
-            found = getattr(torch, name, None) if name.isidentifier() else None
+            found = getattr(torch, name, None)
             if name == "Size":
                 return tuple
             if isinstance(found, torch.dtype):
@@ -69,14 +73,41 @@ class _Unpickler(pickle.Unpickler):
         return pid
 
 
+class _Gate(_Unpickler):
+    """Refuses whatever an ordinary unpickler could run: every name has to be a class of the very module it is said
+    to be in."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        stand_in = super().find_class(module, name)
+        if module != "torch" and (module, name) not in {*_RECORD_NAMES, ("collections", "OrderedDict")}:
+            found = getattr(importlib.import_module(module), name, None)
+            if not isinstance(found, type) or found.__module__ != module:
+                raise pickle.UnpicklingError(f"it names {module}.{name}, which is no class")
+        return stand_in
+
+
+def check_pickle(path: str | Path) -> None:
+    """Look through a pickle before a library reads it in earnest, as PyTorch does with ``.metadata``.
+
+    Raises:
+        pickle.UnpicklingError: it is damaged, or names something else than the classes that belong there.
+    """
+    with open(path, "rb") as file:
+        _load(_Gate(file))
+
+
 def load_restricted(file: IO[bytes]) -> Any:
     """The pickle in ``file``, with a :class:`Record` for every object.
 
     Raises:
         pickle.UnpicklingError: it is damaged, or names something that is not in the lists above.
     """
+    return _load(_Unpickler(file))
+
+
+def _load(unpickler: pickle.Unpickler) -> Any:
     try:
-        return _Unpickler(file).load()
+        return unpickler.load()
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # a damaged pickle fails in any way

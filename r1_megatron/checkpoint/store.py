@@ -24,9 +24,10 @@ from r1_megatron.checkpoint.integrity import file_problems
 from r1_megatron.checkpoint.kept_fp8 import keeps_fp8, scale_weights
 from r1_megatron.checkpoint.naming import entries_by_name
 from r1_megatron.checkpoint.optimizer_state import prepare_state
+from r1_megatron.checkpoint.pickles import check_pickle
 from r1_megatron.checkpoint.random_states import set_random_states
 from r1_megatron.checkpoint.same_model import check_same_model
-from r1_megatron.checkpoint.torch_dist_files import read_metadata
+from r1_megatron.checkpoint.torch_dist_files import METADATA, read_metadata
 from r1_megatron.checkpoint.writer import CheckpointWriter, first_cause
 from r1_megatron.config.schema import ModelConfig
 from r1_megatron.model.parameters import global_parameters
@@ -80,10 +81,11 @@ def load_checkpoint(
         if step > 0:
             prepare_state(contents.optimizer, step)
     try:
+        check_pickle(folder / METADATA)  # PyTorch unpickles it
         with cuda_type_names():
             loaded = dist_checkpointing.load(contents.sharded_state(), str(folder))
         for index, chunk in enumerate(contents.chunks):
-            chunk.load_state_dict(loaded[f"chunk{index}"])
+            _fill(chunk, loaded[f"chunk{index}"])
         if keeps_fp8(description):
             scale_weights(folder, model, contents.chunks, contents.groups)
         if contents.random:
@@ -99,6 +101,14 @@ def load_checkpoint(
         raise DamagedCheckpoint(_damaged(folder, field, f"{type(error).__name__}: {error}")) from error
     _check_finite(folder, contents, model, field)
     return description
+
+
+def _fill(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """`load_state_dict` without the pickled extra states of Transformer Engine's modules, which are not kept."""
+    missing, unexpected = chunk.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise KeyError(f"missing {missing[:8]}, unexpected {unexpected[:8]}")
 
 
 def read_description(folder: str | Path, field: str = "checkpoint.load") -> dict[str, Any]:

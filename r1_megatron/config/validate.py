@@ -54,6 +54,7 @@ def validate_config(cfg: RunConfig, world_size: int | None = None, check_files: 
         *_recompute(cfg),
         *_experts(cfg),
         *_data(cfg),
+        *_checkpoint(cfg),
     ]
     if check_files:
         problems += _machine(cfg)
@@ -436,13 +437,28 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         yield "output_dir is empty: name the folder of the run."
 
 
+def _checkpoint(cfg: RunConfig) -> Iterator[str]:
+    c = cfg.checkpoint
+    if c.keep_best and not cfg.evaluate.interval:
+        yield (
+            f"checkpoint.keep_best={c.keep_best} compares evaluations, and evaluate.interval=0 makes none on the "
+            "way. Set evaluate.interval (checkpoints at its multiples have a score), or checkpoint.keep_best=0."
+        )
+    if c.keep_best and not c.best_metric.startswith("eval/"):
+        yield (
+            f"checkpoint.best_metric={c.best_metric} is no result of an evaluation. Name one of metrics.jsonl's, "
+            "for instance eval/sampled_accuracy or eval/greedy_accuracy."
+        )
+
+
 def _machine(cfg: RunConfig) -> Iterator[str]:
     jsonl = cfg.data.source == "jsonl"
     wanted = {
         "data.path": cfg.data.path if jsonl else None,
         "data.eval_path": cfg.data.eval_path if jsonl else None,
         "tokenizer.path": None if cfg.tokenizer.kind in PROCEDURAL else cfg.tokenizer.path,
-        "checkpoint.load": cfg.checkpoint.load,
+        # A run that goes on has checkpoints of its own.
+        "checkpoint.load": None if _goes_on(cfg) else cfg.checkpoint.load,
     }
     for name, path in wanted.items():
         if path is not None and not Path(path).exists():
@@ -451,7 +467,8 @@ def _machine(cfg: RunConfig) -> Iterator[str]:
         path = wanted[name]
         if path is not None and Path(path).is_dir():
             yield f"{name}: {path} is a folder; a JSONL file is needed."
-    if cfg.checkpoint.load is not None and Path(cfg.checkpoint.load).is_file():
+    load = wanted["checkpoint.load"]
+    if load is not None and Path(load).is_file():
         yield f"checkpoint.load: {cfg.checkpoint.load} is a file; a checkpoint is a folder."
     if Path(cfg.output_dir).is_file():
         yield f"output_dir: {cfg.output_dir} is a file; a folder is needed."
@@ -460,6 +477,11 @@ def _machine(cfg: RunConfig) -> Iterator[str]:
             f"telemetry.wandb_project={cfg.telemetry.wandb_project}, but wandb is not installed. Run "
             f"pip install 'r1_megatron[track]', or set it to null."
         )
+
+
+def _goes_on(cfg: RunConfig) -> bool:
+    resumes = cfg.checkpoint.resume and cfg.stage != "evaluate"
+    return resumes and any(Path(cfg.output_dir, "checkpoints").glob("*/checkpoint.json"))
 
 
 def _yaml(value: str | bool | None) -> str:
