@@ -16,7 +16,8 @@
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --output=slurm-%x-%j.log
-# Half an hour before the time limit every rank is asked to end: the step is finished and a checkpoint written.
+# Half an hour before the time limit every rank is asked to end: rollouts stop where they are, a checkpoint is written.
+# The same sbatch command again goes on with the run.
 #SBATCH --signal=USR1@1800
 
 set -euo pipefail
