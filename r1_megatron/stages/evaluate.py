@@ -29,10 +29,10 @@ def run(cfg: RunConfig) -> None:
 
 def evaluate_at_start(run: Run) -> None:
     """Before the first step; or after the step that a run goes on from, if it was asked to end before it evaluated."""
-    if not run.resumed:
-        run.evaluation = evaluate(run, step=0)
-    elif is_due(run, run.finished_steps) and not run.resumed["state"]["evaluated"]:
-        run.evaluation = evaluate(run, run.finished_steps)
+    if not run.checkpoints.resumed:
+        run.checkpoints.evaluation = evaluate(run, step=0)
+    elif is_due(run, run.checkpoints.finished_steps) and not run.checkpoints.resumed["state"]["evaluated"]:
+        run.checkpoints.evaluation = evaluate(run, run.checkpoints.finished_steps)
 
 
 def end_step(run: Run, step: int) -> bool:
@@ -40,10 +40,10 @@ def end_step(run: Run, step: int) -> bool:
 
     A run that was asked to end (Ctrl-C, a time limit) saves at once; the evaluation comes when it goes on.
     """
-    ends = run.asked_to_end()
+    ends = run.checkpoints.asked_to_end()
     evaluates = is_due(run, step) and (not ends or step == run.cfg.train.steps)
-    run.evaluation = evaluate(run, step) if evaluates else {}
-    run.save_if_due(step, ends)
+    run.checkpoints.evaluation = evaluate(run, step) if evaluates else {}
+    run.checkpoints.save_if_due(step, ends)
     return ends
 
 

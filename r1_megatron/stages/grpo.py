@@ -38,12 +38,12 @@ class RolloutMismatchError(RaisedTogether, RuntimeError):
 def run(cfg: RunConfig) -> None:
     """Sample, grade, credit, learn. Each line enters one room."""
     with open_run(cfg) as run:
-        prompts = run.track("prompts", PromptStream(run.train_prompts, cfg.data.seed, cfg.data.shuffle))
+        prompts = run.checkpoints.track("prompts", PromptStream(run.train_prompts, cfg.data.seed, cfg.data.shuffle))
         objective = PolicyObjective(cfg.rl, cfg.sampling.temperature)
-        if not run.resumed:
+        if not run.checkpoints.resumed:
             refresh_reference(run, step=0)
         evaluate_at_start(run)
-        for step in run.steps():
+        for step in run.checkpoints.steps():
             report = StepReport(run)
             before = prompts.state()
             try:
@@ -53,7 +53,7 @@ def run(cfg: RunConfig) -> None:
                     rollouts = generate(run, taken, blocks)
             except RolloutStopped as stopped:
                 prompts.restore(before)
-                run.save_in_rollout(stopped.rollouts)
+                run.checkpoints.save_in_rollout(stopped.rollouts)
                 break
             with run.log.clock("reward"):
                 graded = grade_blocks(run, blocks, rollouts, report)
@@ -92,7 +92,7 @@ def generate(run: Run, prompts: Sequence[Prompt], blocks: Sequence[Sequence[Prom
             seed=run.cfg.seed,
             policy_version=run.policy.version,
             stop=stop_requested,
-            in_flight=run.rollouts_in_flight(prompts, flat),
+            in_flight=run.checkpoints.rollouts_in_flight(prompts, flat),
         )
     if run.groups.device.type == "cuda":
         run.engine.release()  # the cache's memory is training's now

@@ -24,10 +24,10 @@ from r1_megatron.types import TrainSample
 def run(cfg: RunConfig) -> None:
     """Read, mask, learn."""
     with open_run(cfg) as run:
-        rows = run.track("demonstrations", DemonstrationStream(run))
-        if run.resumed:
+        rows = run.checkpoints.track("demonstrations", DemonstrationStream(run))
+        if run.checkpoints.resumed:
             evaluate_at_start(run)
-        for step in run.steps():
+        for step in run.checkpoints.steps():
             with run.log.clock("data"):
                 batch = rows.take(cfg.sft.batch_size)
                 mine = batch[run.groups.dp_rank :: run.groups.topology.dp]

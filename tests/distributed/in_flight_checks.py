@@ -15,6 +15,7 @@ from r1_megatron.config.schema import ModelConfig, ParallelConfig, SamplingConfi
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rollout.in_flight import InFlight, RolloutStopped, load_in_flight, save_in_flight
 from r1_megatron.stages import grpo
+from r1_megatron.stages.checkpoints import RunCheckpoints
 from r1_megatron.stages.setup import Run
 from r1_megatron.types import Rollout
 from tests.distributed import rollout_checks as checks
@@ -233,7 +234,7 @@ def run_grpo(
     """A GRPO run that asks every round whether to stop; ``stop_at``: (policy version, question) at which its last rank
     is told yes. Answers a digest of this rank's weights for every checkpoint that it wrote, by name."""
     digests = {}
-    generate, save = grpo.generate, Run.save_checkpoint
+    generate, save = grpo.generate, RunCheckpoints.save
 
     def asking(run: Run, *args: Any) -> list[list[Rollout]]:
         run.engine.segment_rounds = 1
@@ -242,13 +243,13 @@ def run_grpo(
         with mock.patch.object(grpo, "stop_requested", asked):
             return generate(run, *args)
 
-    def noting(run: Run, name: str, *args: Any, **options: Any) -> None:
+    def noting(run: RunCheckpoints, name: str, *args: Any, **options: Any) -> None:
         digest = hashlib.sha256()
         for parameter in (p for chunk in run.policy.chunks for p in chunk.parameters()):
             digest.update(parameter.detach().numpy().tobytes())
         digests[name] = digest.hexdigest()
         save(run, name, *args, **options)
 
-    with mock.patch.object(grpo, "generate", asking), mock.patch.object(Run, "save_checkpoint", noting):
+    with mock.patch.object(grpo, "generate", asking), mock.patch.object(RunCheckpoints, "save", noting):
         grpo.run(stage_config(folder, parallel, sections))
     return digests

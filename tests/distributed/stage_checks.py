@@ -38,8 +38,8 @@ from r1_megatron.model.build import build_model
 from r1_megatron.model.parameters import GlobalParameter, global_parameters
 from r1_megatron.model.routing import chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups, build_process_groups
+from r1_megatron.stages import checkpoints as stage_checkpoints
 from r1_megatron.stages import evaluate, grpo, sft
-from r1_megatron.stages import setup as stage_setup
 from r1_megatron.train.policy import Policy, build_policy
 from r1_megatron.types import StepBatch
 from tests.tiny import TINY
@@ -126,7 +126,7 @@ def stopped_grpo(folder: str, parallel: ParallelConfig) -> None:
 
     with (
         mock.patch.object(grpo, "train_step", ask_in_step_two),
-        mock.patch.object(stage_setup, "stop_requested", lambda: asked[0]),
+        mock.patch.object(stage_checkpoints, "stop_requested", lambda: asked[0]),
     ):
         grpo.run(stage_config(folder, parallel))
 
