@@ -287,9 +287,16 @@ def _run_stage(config: RunConfig) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from r1_megatron.checkpoint import convert  # with torch
+    from r1_megatron.checkpoint.fork_server import start_fork_server
 
-    print(convert.run(arguments))
+    start_fork_server()  # workers' torch is imported while ours is
+    from r1_megatron.checkpoint import convert
+
+    try:
+        print(convert.run(arguments))
+    except convert.WorkerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -13,6 +13,7 @@ from r1_megatron.checkpoint.convert_from_hf import Converted, ImportOptions, fro
 from r1_megatron.checkpoint.convert_manifest import Verification, verify
 from r1_megatron.checkpoint.convert_run import Resources, parse_size
 from r1_megatron.checkpoint.convert_to_hf import ExportOptions, to_hugging_face
+from r1_megatron.checkpoint.convert_workers import WorkerError
 
 __all__ = [
     "Converted",
@@ -20,6 +21,7 @@ __all__ = [
     "ImportOptions",
     "Resources",
     "Verification",
+    "WorkerError",
     "from_hugging_face",
     "to_hugging_face",
     "verify",

@@ -149,13 +149,13 @@ def _chunks_by_expert(stored: StoredKey) -> dict[int, list[StoredChunk]]:
     return found
 
 
-def group_units(tensors: Sequence[ExportTensor], unit_bytes: int = UNIT_BYTES) -> list[ExportUnit]:
+def group_units(tensors: Sequence[ExportTensor]) -> list[ExportUnit]:
     """Consecutive tensors, until there is enough for a unit."""
     units, group, size = [], [], 0
     for tensor in tensors:
         group.append(tensor)
         size += tensor.num_bytes
-        if size >= unit_bytes:
+        if size >= UNIT_BYTES:
             units.append(ExportUnit(tuple(group)))
             group, size = [], 0
     return units + ([ExportUnit(tuple(group))] if group else [])

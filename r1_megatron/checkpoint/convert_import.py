@@ -83,7 +83,6 @@ def plan_units(
     dtype_of: Callable[[Entry, str], torch.dtype],
     copies: Iterable[StoredTensor] = (),
     scale_places: Mapping[str, StoredTensor] | None = None,
-    part_bytes: int = PART_BYTES,
 ) -> list[ImportUnit]:
     """Split a model into units, in the table's order; a source's tensors stay together with all that reads them.
 
@@ -121,7 +120,7 @@ def plan_units(
         following = planned[position + 1].sources.items() if position + 1 < len(planned) else ()
         # A layer's fused experts are read front to back by one worker.
         stays_open = open_fused and any(source.name != name for name, source in following)
-        if size >= part_bytes and not stays_open:
+        if size >= PART_BYTES and not stays_open:
             units.append(_unit(len(units), group, tensors, scale_places or {}))
             group, size = [], 0
     if group:

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _LOCK_PATIENCE_S = 30.0
 
@@ -48,21 +48,32 @@ class Partial:
         self._units: dict[str, dict[str, Any]] = {}
         self._identity = json.loads(json.dumps(identity))
         refuse_existing(self.target)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock_out_others()
-        path = self.folder / "journal.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(error.errno, f"{target} cannot be written: {error}. Choose another target") from error
+        self._alone = os.open(self.folder / "owner", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._lock_out_others()
+            self._journal = self._begin(self.folder / "journal.jsonl", restart)
+        except BaseException:
+            os.close(self._alone)
+            raise
+
+    def _begin(self, path: Path, restart: bool) -> TextIO:
+        """The journal, read, or begun."""
         if restart or not self.content.is_dir() or not path.is_file() or path.stat().st_size == 0:
-            self._remove_content()
+            if self.content.exists():
+                shutil.rmtree(self.content)
             self.content.mkdir()
-            self._journal = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed in finish and close)
-            self._append({"identity": self._identity})
-        else:
-            self._read(path)
-            self._journal = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            journal = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed in close)
+            _append(journal, {"identity": self._identity})
+            return journal
+        self._read(path)
+        return open(path, "a", encoding="utf-8")
 
     def _lock_out_others(self) -> None:
         """One conversion at a time. Workers of a killed one may be about to notice it: wait for them."""
-        self._alone = os.open(self.folder / "owner", os.O_RDWR | os.O_CREAT, 0o644)
         busy = f"{self.folder} is being written by another process. Wait for it, or choose another target."
         try:
             fcntl.flock(self._alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,10 +90,6 @@ class Partial:
                     raise FileExistsError(busy) from error
                 time.sleep(0.05)
         os.close(workers)
-
-    def _remove_content(self) -> None:
-        if self.content.exists():
-            shutil.rmtree(self.content)
 
     def _read(self, path: Path) -> None:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -114,12 +121,7 @@ class Partial:
     def record(self, unit: str, sources: list[str], result: Any) -> None:
         """A unit is finished; its files are on the disk."""
         self.done[unit] = result
-        self._append({"unit": unit, "sources": _stamps(sources), "result": result})
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        self._journal.write(json.dumps(entry, separators=(",", ":")) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        _append(self._journal, {"unit": unit, "sources": _stamps(sources), "result": result})
 
     def finish(self) -> None:
         """The content becomes the target.
@@ -154,6 +156,12 @@ def hold(lock: str | Path) -> int:
     descriptor = os.open(lock, os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
+
+
+def _append(journal: TextIO, entry: dict[str, Any]) -> None:
+    journal.write(json.dumps(entry, separators=(",", ":")) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
 
 
 def _stamps(files: list[str]) -> dict[str, list[int]]:

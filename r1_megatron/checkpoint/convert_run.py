@@ -131,13 +131,11 @@ def do_units(
         for name, result in run_units(todo, resources.num_workers, setup, progress.update):
             partial.record(name, units[name].sources, result)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise OSError(
-                error.errno,
-                f"{partial.target} could not be written ({error}). What is finished is kept in {partial.folder}: make "
-                "room and run the same command again, or remove it",
-            ) from error
-        raise
+        raise OSError(
+            error.errno,
+            f"{partial.target} could not be converted ({error}). What is finished is kept in {partial.folder}: when "
+            "the cause is gone, the same command goes on with it",
+        ) from error
     finally:
         progress.close()
     return progress

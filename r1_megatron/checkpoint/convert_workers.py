@@ -7,10 +7,8 @@ the next report of progress. Processes come from a fork server that has imported
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +22,7 @@ from r1_megatron.checkpoint.convert_check import CheckUnit, CheckWorker
 from r1_megatron.checkpoint.convert_export import ExportUnit, ExportWorker
 from r1_megatron.checkpoint.convert_import import ImportUnit, ImportWorker
 from r1_megatron.checkpoint.convert_journal import hold
+from r1_megatron.checkpoint.fork_server import start_fork_server
 
 Unit = ImportUnit | ExportUnit | CheckUnit
 _REPORT_EVERY_S = 0.1
@@ -53,8 +52,7 @@ def run_units(
     """
     if not units:
         return
-    context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
-    context.set_forkserver_preload([__name__])
+    context = start_fork_server()
     waiting = list(reversed(units))
     workers: dict[Connection, tuple[Any, str]] = {}
     try:
