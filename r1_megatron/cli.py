@@ -287,10 +287,9 @@ def _run_stage(config: RunConfig) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from r1_megatron.checkpoint.fork_server import start_fork_server
-
-    start_fork_server()  # workers' torch is imported while ours is
-    from r1_megatron.checkpoint import convert
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # workers are processes; without threads they can be forked from this one
+    from r1_megatron.checkpoint import convert  # with torch
 
     try:
         print(convert.run(arguments))

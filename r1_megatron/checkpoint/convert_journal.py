@@ -76,8 +76,8 @@ class Partial:
         """One conversion at a time. Workers of a killed one may be about to notice it: wait for them."""
         busy = f"{self.folder} is being written by another process. Wait for it, or choose another target."
         try:
-            fcntl.flock(self._alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(self._alone, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: workers do not inherit it
+        except OSError as error:
             raise FileExistsError(busy) from error
         workers = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
         give_up = time.monotonic() + _LOCK_PATIENCE_S

@@ -1,12 +1,14 @@
 """Worker processes of a conversion: units in, results out. No torch.distributed, no rank, no GPU.
 
 A unit is independent of every other, so a worker that dies takes one unit with it, and a parent that dies is noticed at
-the next report of progress. Processes come from a fork server that has imported torch once for all of them.
+the next report of progress. torch is imported once for all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import multiprocessing
 import os
 import signal
 import time
@@ -14,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +25,6 @@ from r1_megatron.checkpoint.convert_check import CheckUnit, CheckWorker
 from r1_megatron.checkpoint.convert_export import ExportUnit, ExportWorker
 from r1_megatron.checkpoint.convert_import import ImportUnit, ImportWorker
 from r1_megatron.checkpoint.convert_journal import hold
-from r1_megatron.checkpoint.fork_server import start_fork_server
 
 Unit = ImportUnit | ExportUnit | CheckUnit
 _REPORT_EVERY_S = 0.1
@@ -52,16 +54,20 @@ def run_units(
     """
     if not units:
         return
-    context = start_fork_server()
+    context = _context()
     waiting = list(reversed(units))
     workers: dict[Connection, tuple[Any, str]] = {}
+    gc.freeze()  # a collection in a forked worker would copy every page of the plan
     try:
         for _ in range(min(num_workers, len(units))):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, setup), daemon=True)
+            # A forked worker must not hold our ends of the pipes: then nobody would notice that we are gone.
+            inherited = [*workers, ours] if context.get_start_method() == "fork" else []
+            process = context.Process(target=_work, args=(theirs, setup, inherited), daemon=True)
             process.start()
             theirs.close()
             workers[ours] = (process, _give(ours, waiting))
+        gc.unfreeze()
         while workers:
             for connection in wait(list(workers)):
                 assert isinstance(connection, Connection)
@@ -87,6 +93,16 @@ def run_units(
             process.join()
 
 
+def _context() -> Any:
+    """How workers come to be: a process without other threads is forked, which costs nothing; else a server is."""
+    tasks = Path("/proc/self/task")
+    if tasks.is_dir() and len(list(tasks.iterdir())) == 1:
+        return multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def _give(connection: Connection, waiting: list[tuple[str, Unit]]) -> str:
     name, unit = waiting.pop()
     with contextlib.suppress(BrokenPipeError):  # it died; that is told when its result is waited for
@@ -108,7 +124,9 @@ def _receive(connection: Connection, process: Any, name: str) -> tuple[str, Any]
 # -------------------------------------------------------------------------------------------------------- in a worker
 
 
-def _work(connection: Connection, setup: WorkerSetup) -> None:
+def _work(connection: Connection, setup: WorkerSetup, inherited: list[Connection]) -> None:
+    for other in inherited:
+        other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     torch.set_num_threads(1)
     if setup.lock is not None:
