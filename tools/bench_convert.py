@@ -3,7 +3,8 @@
     python tools/bench_convert.py                     # 7 GB: DeepSeek-V3's width in FP8, few layers; 25 GB of disk
     python tools/bench_convert.py --rounds 1 --preset tiny num_layers=4
 
-In turn, on one disk: copy the source, convert it, copy the source, convert back; the medians count. A conversion is timed from the start of its process to its end, with its files on the disk. ``cp`` leaves its in the page cache, so
+In turn, on one disk: copy the source, convert it, copy the source, convert back; the medians count. A conversion is
+timed from the start of its process to its end, with its files on the disk. ``cp`` leaves its in the page cache, so
 it is also timed with the ``sync`` that makes it equal. ``ratio`` is cp's seconds divided by ours. At the end the files
 that came back are compared with the source.
 

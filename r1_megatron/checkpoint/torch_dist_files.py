@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from r1_megatron.checkpoint.pickles import Record, load_restricted
-from r1_megatron.checkpoint.safetensors_files import read_exactly
+from r1_megatron.checkpoint.safetensors_files import CALL_BYTES, read_exactly
 
 METADATA = ".metadata"
 _READ_AGAIN_BYTES = 4 << 20
@@ -322,7 +322,7 @@ class PartWriter:
         self._hash.update(view)
         done = 0
         while done < len(view):
-            done += self._file.write(view[done:])
+            done += self._file.write(view[done : done + CALL_BYTES])
         self.num_bytes += len(view)
         return len(view)
 
