@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from r1_megatron.checkpoint.convert_values import Buffer, hash_tensor
-from r1_megatron.checkpoint.integrity import hash_file
+from r1_megatron.checkpoint.integrity import changed_checksum
 from r1_megatron.checkpoint.safetensors_files import StoredTensor, TensorFiles
 
 
 @dataclass(frozen=True)
 class CheckUnit:
-    """Files to hash, by absolute path, and tensors to hash."""
+    """Files to compare with their listed checksums (see ``integrity.py``), by absolute path; tensors to hash."""
 
-    files: tuple[str, ...] = ()
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tensors: tuple[StoredTensor, ...] = ()
 
     @property
@@ -25,9 +25,11 @@ class CheckUnit:
         return sum(os.path.getsize(file) for file in self.files) + sum(tensor.num_bytes for tensor in self.tensors)
 
 
-def group_checks(files: list[str], tensors: list[StoredTensor], unit_bytes: int = 256 << 20) -> list[CheckUnit]:
+def group_checks(
+    files: Mapping[str, Mapping[str, Any]], tensors: list[StoredTensor], unit_bytes: int = 256 << 20
+) -> list[CheckUnit]:
     """Units of about ``unit_bytes``; a file is one piece of work."""
-    units = [CheckUnit(files=(file,)) for file in files]
+    units = [CheckUnit(files={file: listed}) for file, listed in files.items()]
     group: list[StoredTensor] = []
     for tensor in tensors:
         group.append(tensor)
@@ -45,14 +47,15 @@ class CheckWorker:
         self._buffer = Buffer()
 
     def run(self, unit: CheckUnit) -> dict[str, Any]:
-        """``{"files": {path: {"bytes": size, "sha256": digest}}, "tensors": {name: sha256}}``."""
+        """``{"files": {path: name of the checksum that differs}, "tensors": {name: sha256}}``."""
         open_files = TensorFiles()
         try:
             tensors = {t.name: hash_tensor(open_files, t, self._buffer, self._progress) for t in unit.tensors}
         finally:
             open_files.close()
-        files = {}
-        for file in unit.files:
-            files[file] = hash_file(file)
-            self._progress(files[file]["bytes"])
-        return {"files": files, "tensors": tensors}
+        changed = {}
+        for file, listed in unit.files.items():
+            if kind := changed_checksum(file, listed):
+                changed[file] = kind
+            self._progress(listed["bytes"])
+        return {"files": changed, "tensors": tensors}

@@ -93,6 +93,12 @@ class ExportUnit:
         return sum(tensor.num_bytes for tensor in self.tensors)
 
     @property
+    def output(self) -> str:
+        """The file that its first tensor is written to."""
+        place = self.tensors[0].place
+        return place.file if place else ""
+
+    @property
     def sources(self) -> list[str]:
         """The files that are read."""
         pieces = (piece for tensor in self.tensors for part in tensor.parts for piece in part)

@@ -95,7 +95,7 @@ def from_hugging_face(
     layout = [(name, weights.tensors[name].dtype, weights.tensors[name].shape) for name in scales]
     scale_file = content / ORIGIN / SCALES
     places = {tensor.name: tensor for tensor in plan_file(scale_file, layout, {}).tensors}
-    copies = [weights.tensors[name] for name in match.aliases]
+    copies = [(weights.tensors[name], weights.tensors[same]) for name, same in match.aliases.items()]
     units = {unit.part: unit for unit in plan_units(table, weights.tensors, dtype_of, copies, places)}
     identity = {
         "conversion": "from-hf",
@@ -118,7 +118,6 @@ def from_hugging_face(
         progress = do_units(partial, units, is_there, resources, len(weights.tensors), "converting")
         results = {part: partial.done[part] for part in units}
         lines = [line for result in results.values() for line in result["tensors"]]
-        _check_copies(match, lines, results.values(), weights)
         write_side(source, weights, content / ORIGIN)
         (content / "model.yaml").write_text(yaml.safe_dump({"model": asdict(model)}, sort_keys=False))
         write_metadata(content, stored_keys(table, units.values(), results))
@@ -215,20 +214,6 @@ def output_bytes(units: Iterable[ImportUnit]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------- ending
-
-
-def _check_copies(
-    match: Match, lines: Iterable[Mapping[str, Any]], results: Iterable[Mapping[str, Any]], weights: WeightFolder
-) -> None:
-    """Tensors that should repeat others do."""
-    hashes = {line["name"]: line["source"]["sha256"] for line in lines}
-    copies = {name: digest for result in results for name, digest in result["copies"].items()}
-    for name, same in match.aliases.items():
-        if copies[name] != hashes[same]:
-            raise ValueError(
-                f"{weights.tensors[name].file}: {name} should repeat {same}, but its values differ: a model with "
-                "separate ones is not supported"
-            )
 
 
 def stored_keys(

@@ -21,7 +21,6 @@ from r1_megatron.checkpoint.convert_values import (
     bytes_of,
     cast,
     first_problem,
-    hash_tensor,
 )
 from r1_megatron.checkpoint.matching import SCALE_SUFFIX
 from r1_megatron.checkpoint.naming import Entry, Rows, fused_expert_name, halves_to_pairs
@@ -30,6 +29,7 @@ from r1_megatron.checkpoint.torch_dist_files import PartWriter, StoredChunk
 
 # A part file is about this long. It is what a killed conversion does again, and what one worker does alone.
 PART_BYTES = 256 << 20
+_COMPARE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -52,26 +52,32 @@ class ImportUnit:
 
     Attributes:
         wholes: all Hugging Face tensors that are read here, whole, by name.
-        copies: tensors that repeat others; they are only hashed.
+        copies: tensors that have to repeat others, and those.
         scale_places: where the block scales are to be copied to, by name.
     """
 
     part: str
     tensors: tuple[ImportTensor, ...]
     wholes: Mapping[str, StoredTensor]
-    copies: tuple[StoredTensor, ...] = ()
+    copies: tuple[tuple[StoredTensor, StoredTensor], ...] = ()
     scale_places: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """Bytes to read."""
-        copies = sum(tensor.num_bytes for tensor in self.copies)
-        return copies + sum(tensor.num_bytes for tensor in self.wholes.values())
+        tensors = [*self.wholes.values(), *(tensor for pair in self.copies for tensor in pair)]
+        return sum(tensor.num_bytes for tensor in tensors)
+
+    @property
+    def output(self) -> str:
+        """The file that is written."""
+        return self.part
 
     @property
     def sources(self) -> list[str]:
         """The files that are read."""
-        return sorted({tensor.file for tensor in [*self.wholes.values(), *self.copies]})
+        tensors = [*self.wholes.values(), *(tensor for pair in self.copies for tensor in pair)]
+        return sorted({tensor.file for tensor in tensors})
 
 
 # ----------------------------------------------------------------------------------------------------------- planning
@@ -81,7 +87,7 @@ def plan_units(
     table: Iterable[Entry],
     tensors: Mapping[str, StoredTensor],
     dtype_of: Callable[[Entry, str], torch.dtype],
-    copies: Iterable[StoredTensor] = (),
+    copies: Iterable[tuple[StoredTensor, StoredTensor]] = (),
     scale_places: Mapping[str, StoredTensor] | None = None,
 ) -> list[ImportUnit]:
     """Split a model into units, in the table's order; a source's tensors stay together with all that reads them.
@@ -90,7 +96,7 @@ def plan_units(
         table: every megatron-core tensor.
         tensors: the source's, by name; known to fit the table.
         dtype_of: the dtype to store an entry in, of the entry and its (common) dtype in the source.
-        copies: tensors that repeat others.
+        copies: tensors that have to repeat others, and those.
         scale_places: room for a copy of every scale.
 
     Raises:
@@ -209,7 +215,8 @@ class ImportWorker:
         """Write the unit's part file; answers its chunks, bytes, hashes and the manifest's lines of its tensors.
 
         Raises:
-            ValueError: NaN or infinite weights or scales, a truncated source; file and tensor are named.
+            ValueError: NaN or infinite weights or scales, a truncated source, a copy that is none; file and tensor are
+                named.
             OSError: something could not be read or written.
         """
         files = TensorFiles()
@@ -231,17 +238,17 @@ class ImportWorker:
                 line["sha256"] = stored[name].hexdigest() if name in stored else read[name].hexdigest()
                 line["source"] = {"file": os.path.basename(whole.file), "dtype": whole.dtype}
                 line["source"]["sha256"] = read[name].hexdigest()
-            copies = {copy.name: hash_tensor(files, copy, self._scratch, self._progress) for copy in unit.copies}
+            for copy, original in unit.copies:
+                self._compare(files, copy, original)
             files.sync()
-            num_bytes, sha256 = writer.close()
+            num_bytes, crc32 = writer.close()
         finally:
             writer.abandon()
             files.close()
         return {
             "chunks": chunks,
-            "file": {"bytes": num_bytes, "sha256": sha256},
+            "file": {"bytes": num_bytes, "crc32": crc32},
             "tensors": [*lines.values(), *self._scale_lines(unit, read)],
-            "copies": copies,
         }
 
     def _tensor(
@@ -308,6 +315,19 @@ class ImportWorker:
         files.write(unit.scale_places[place.name], 0, bytes_of(scales))
         self._progress(scales.nbytes)
         return scales
+
+    def _compare(self, files: TensorFiles, copy: StoredTensor, original: StoredTensor) -> None:
+        for start in range(0, copy.num_bytes, _COMPARE_BYTES):
+            count = min(_COMPARE_BYTES, copy.num_bytes - start)
+            left, right = self._scratch.tensor(torch.uint8, count), self._chunk.tensor(torch.uint8, count)
+            files.read(copy, start, bytes_of(left))
+            files.read(original, start, bytes_of(right))
+            if not torch.equal(left, right):
+                raise ValueError(
+                    f"{copy.file}: {copy.name} should repeat {original.name}, but its values differ: a model with "
+                    "separate ones is not supported"
+                )
+            self._progress(2 * count)
 
     def _line(self, unit: ImportUnit, tensor: ImportTensor, name: str) -> dict[str, Any]:
         whole = unit.wholes[tensor.sources[name].name]

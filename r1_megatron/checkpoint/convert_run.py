@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -124,8 +125,7 @@ def do_units(
     total = sum(unit.num_bytes for unit in units.values())
     left = sum(unit.num_bytes for _, unit in todo)
     progress = Progress(what, total, total - left, resources.quiet)
-    # The longest first, so that no worker is left with one alone at the end.
-    todo.sort(key=lambda item: -item[1].num_bytes)
+    todo = _in_turn(todo)
     setup = WorkerSetup(str(partial.content), elements, str(partial.lock))
     try:
         for name, result in run_units(todo, resources.num_workers, setup, progress.update):
@@ -139,6 +139,15 @@ def do_units(
     finally:
         progress.close()
     return progress
+
+
+def _in_turn(todo: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Units of different output files one after the other: writers of one file wait for each other in the kernel."""
+    by_file: dict[str, list[tuple[str, Any]]] = {}
+    for name, unit in todo:
+        by_file.setdefault(unit.output, []).append((name, unit))
+    rounds = itertools.zip_longest(*by_file.values())
+    return [item for group in rounds for item in group if item is not None]
 
 
 def do_checks(units: list[CheckUnit | ExportUnit], resources: Resources, num_tensors: int, what: str) -> list[Any]:

@@ -10,7 +10,6 @@ dist_checkpointing/core.py and strategies/torch.py.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -303,12 +302,12 @@ class _Range(io.RawIOBase):
 
 
 class PartWriter:
-    """One ``*.distcp`` file, chunk after chunk, with its sha256 taken on the way."""
+    """One ``*.distcp`` file, chunk after chunk, with its CRC-32 taken on the way."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed in close)
-        self._hash = hashlib.sha256()
+        self._crc = 0
         self.num_bytes = 0
 
     def add(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> StoredChunk:
@@ -319,7 +318,7 @@ class PartWriter:
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
-        self._hash.update(view)
+        self._crc = zlib.crc32(view, self._crc)
         done = 0
         while done < len(view):
             done += self._file.write(view[done : done + CALL_BYTES])
@@ -330,10 +329,10 @@ class PartWriter:
         """For torch.save; nothing is held back."""
 
     def close(self) -> tuple[int, str]:
-        """Onto the disk; answers the file's bytes and sha256."""
+        """Onto the disk; answers the file's bytes and CRC-32 (hexadecimal)."""
         os.fsync(self._file.fileno())
         self._file.close()
-        return self.num_bytes, self._hash.hexdigest()
+        return self.num_bytes, f"{self._crc:08x}"
 
     def abandon(self) -> None:
         """Let go of the file as it is."""

@@ -1,17 +1,33 @@
-"""``r1-megatron convert`` with small units, so that a small model has many that a kill can fall between.
+"""``r1-megatron convert`` with small units and a slow disk, so that a small model has moments for a kill to fall in.
 
-python -m tests.e2e.convert_in_small_pieces from-hf SRC DST ...
+    python -m tests.e2e.convert_in_small_pieces from-hf SRC DST ...
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from typing import Any
 
 from r1_megatron.checkpoint import convert_export, convert_import, convert_run
+from r1_megatron.checkpoint.convert_journal import Partial
 from r1_megatron.cli import main
 
-if __name__ == "__main__":
+
+def main_in_small_pieces() -> int:
+    """The command line's exit code."""
     convert_import.PART_BYTES = 50_000
     convert_export.UNIT_BYTES = 30_000
     convert_run._MAX_ELEMENTS = 2000
-    sys.exit(main(["convert", *sys.argv[1:]]))
+    record = Partial.record
+
+    def record_slowly(self: Partial, unit: str, sources: list[str], result: Any) -> None:
+        time.sleep(0.03)
+        record(self, unit, sources, result)
+
+    Partial.record = record_slowly  # type: ignore[method-assign]
+    return main(["convert", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main_in_small_pieces())
