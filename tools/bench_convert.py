@@ -1,7 +1,7 @@
 """How fast the converter is against ``cp`` of the same bytes, and how much memory all its processes take together.
 
     python tools/bench_convert.py                     # 7 GB: DeepSeek-V3's width in FP8, few layers; 25 GB of disk
-    python tools/bench_convert.py --rounds 1 --preset tiny num_layers=4
+    python tools/bench_convert.py --rounds 1 -- --preset tiny num_layers=4
 
 In turn, on one disk: copy the source, convert it, copy the source, convert back; the medians count. A conversion is
 timed from the start of its process to its end, with its files on the disk. ``cp`` leaves its in the page cache, so
@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 import psutil
 
+from r1_megatron.checkpoint.convert_run import Resources
 from tools.measure import cpu_name, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,16 +114,16 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/bench_convert"), help="on the disk to measure")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-memory", default="2GB")
-    parser.add_argument("--workers", default=str(min(8, len(os.sched_getaffinity(0)))))
+    parser.add_argument("--workers", default=str(Resources().num_workers))
     parser.add_argument("--keep", action="store_true", help="the generated checkpoint, for the next time")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
-    parser.add_argument("make", nargs="*", help="options of tools/make_checkpoint.py")
-    arguments, more = parser.parse_known_args()
+    parser.add_argument("make", nargs="*", help="after --: options of tools/make_checkpoint.py")
+    arguments = parser.parse_args()
     folder = arguments.folder
     source, checkpoint, back, copied = (folder / name for name in ("source", "checkpoint", "back", "copied"))
     folder.mkdir(parents=True, exist_ok=True)
     if not source.exists():
-        make = [sys.executable, str(ROOT / "tools" / "make_checkpoint.py"), str(source), *more, *arguments.make]
+        make = [sys.executable, str(ROOT / "tools" / "make_checkpoint.py"), str(source), *arguments.make]
         subprocess.run(make, check=True, env=ENVIRONMENT)
     bare = bare_interpreter()
     options = ["--quiet", "--workers", arguments.workers, "--max-memory", arguments.max_memory]

@@ -57,7 +57,7 @@ class ExportTensor:
         dtype: of the output. Where it is e4m3 and the checkpoint is not, the values are quantised.
         parts: its matrices (or vectors) one below the other: one, or a fused tensor's experts; each as pieces in the
             order of its rows.
-        scales: the block scales of its source, if there are any.
+        scales: the block scales of each part's source, if there are any.
         place: where it is written; ``None``: nowhere.
         scale_place: where its block scales are written.
     """
@@ -66,7 +66,7 @@ class ExportTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: tuple[tuple[Piece, ...], ...]
-    scales: StoredTensor | None = None
+    scales: tuple[StoredTensor, ...] = ()
     place: StoredTensor | None = None
     scale_place: StoredTensor | None = None
 
@@ -208,13 +208,10 @@ class ExportWorker:
     def _tensor(self, files: TensorFiles, reader: RowReader, tensor: ExportTensor) -> list[dict[str, Any]]:
         written = _Written()
         scales = None
-        if tensor.scales is not None:
-            scales = torch.empty(tensor.scales.shape, dtype=torch.float32)
-            files.read(tensor.scales, 0, bytes_of(scales))
-            if not all_finite(scales):
-                raise ValueError(f"{tensor.scales.file}: {tensor.scales.name}: {first_problem(scales, 0)}.")
         quantizes = tensor.dtype == FP8 and tensor.stored.dtype != FP8
-        for part in tensor.parts:
+        for number, part in enumerate(tensor.parts):
+            if tensor.scales:
+                scales = self._scales(files, tensor.scales[number])
             height = part[-1].stop
             width = math.prod(tensor.shape[1:] if len(tensor.parts) == 1 else tensor.shape[2:])
             step = max(1, self._max_elements // max(1, width))
@@ -227,6 +224,13 @@ class ExportWorker:
                 self._write(files, tensor, self._converted(tensor, values, scales, start, written), written)
                 self._progress(values.nbytes)
         return self._lines(files, tensor, scales, written)
+
+    def _scales(self, files: TensorFiles, stored: StoredTensor) -> torch.Tensor:
+        scales = torch.empty(stored.shape, dtype=torch.float32)
+        files.read(stored, 0, bytes_of(scales))
+        if not all_finite(scales):
+            raise ValueError(f"{stored.file}: {stored.name}: {first_problem(scales, 0)}. Scales have to be finite.")
+        return scales
 
     def _gather(self, reader: RowReader, part: Sequence[Piece], first: int, values: torch.Tensor) -> None:
         """Rows ``first ...`` of a part, as many as ``values`` has, from wherever they are."""

@@ -20,8 +20,8 @@ import yaml
 
 from r1_megatron.checkpoint.convert_import import ImportUnit, plan_units
 from r1_megatron.checkpoint.convert_journal import Partial
-from r1_megatron.checkpoint.convert_manifest import SCALES, verify, write_manifest
-from r1_megatron.checkpoint.convert_run import Resources, check_room, check_target, do_units
+from r1_megatron.checkpoint.convert_manifest import MANIFEST, SCALES, read_manifest, verify, write_manifest
+from r1_megatron.checkpoint.convert_run import DTYPES, Resources, check_room, check_target, do_units
 from r1_megatron.checkpoint.hf_config import is_fp8, model_from_hf
 from r1_megatron.checkpoint.integrity import files_in, hash_file
 from r1_megatron.checkpoint.matching import Match, match_tensors
@@ -38,11 +38,10 @@ from r1_megatron.checkpoint.safetensors_files import (
     read_folder,
     read_header,
 )
-from r1_megatron.checkpoint.torch_dist_files import StoredChunk, StoredKey, write_metadata
+from r1_megatron.checkpoint.torch_dist_files import StoredChunk, StoredKey
+from r1_megatron.checkpoint.torch_dist_writing import import_metadata_classes, write_metadata
 from r1_megatron.config.schema import ModelConfig
 from r1_megatron.telemetry.run_folder import CHECKPOINT
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,10 @@ def from_hugging_face(
 
         written = sum(path.stat().st_size for path in content.rglob("*") if path.is_file())
         check_room(partial.folder, output_bytes(units.values()) - written)
-        progress = do_units(partial, units, is_there, resources, len(weights.tensors), "converting")
+        progress = do_units(partial, units, is_there, resources, len(weights.tensors), import_metadata_classes)
         results = {part: partial.done[part] for part in units}
         lines = [line for result in results.values() for line in result["tensors"]]
+        _check_against_manifest(source, lines)
         write_side(source, weights, content / ORIGIN)
         (content / "model.yaml").write_text(yaml.safe_dump({"model": asdict(model)}, sort_keys=False))
         write_metadata(content, stored_keys(table, units.values(), results))
@@ -214,6 +214,19 @@ def output_bytes(units: Iterable[ImportUnit]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------- ending
+
+
+def _check_against_manifest(source: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """A folder that the converter wrote says what its tensors were."""
+    if not (source / MANIFEST).is_file():
+        return
+    written = {line["name"]: line["sha256"] for line in read_manifest(source)[1] if "name" in line}
+    for line in lines:
+        if line["source"]["sha256"] != written.get(line["name"], line["source"]["sha256"]):
+            raise ValueError(
+                f"{source / line['source']['file']}: {line['name']} is not what {MANIFEST} says (sha256). Fetch the "
+                f"file again; if it was changed on purpose, remove {MANIFEST}."
+            )
 
 
 def stored_keys(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from r1_megatron.checkpoint.convert_check import CheckUnit
 from r1_megatron.checkpoint.convert_export import ExportUnit
 from r1_megatron.checkpoint.convert_import import ImportUnit
@@ -19,6 +21,8 @@ from r1_megatron.checkpoint.convert_journal import Partial
 from r1_megatron.checkpoint.convert_progress import Progress
 from r1_megatron.checkpoint.convert_workers import WorkerSetup, run_units
 
+# Dtypes by the command line's words.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The most that an element of a slice takes while it is worked on: requantising fp32, with all intermediate results.
 BYTES_PER_ELEMENT = 32
 # The plan, the journal and the manifest in the parent, and what a worker keeps of its unit.
@@ -36,7 +40,7 @@ class Resources:
     """What a conversion may use, and whether it tells how far it is.
 
     Attributes:
-        workers: processes; ``None``: one per core, at most 8.
+        workers: processes; ``None``: one more than cores, so that the disk is not waited for, at most 8.
         max_memory: bytes of all processes together, beyond what Python and torch take by themselves.
     """
 
@@ -49,7 +53,7 @@ class Resources:
         if self.workers is not None:
             return self.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(8, cores)
+        return min(8, cores + 1)
 
     def slice_elements(self, num_tensors: int) -> int:
         """Elements that a worker may hold at a time.
@@ -109,9 +113,9 @@ def do_units(
     is_there: Callable[[str, Any], bool],
     resources: Resources,
     num_tensors: int,
-    what: str,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Progress:
-    """All units that are not finished yet; results are in ``partial.done``.
+    """All units that are not finished yet; results are in ``partial.done``. ``meanwhile`` is called while they run.
 
     Raises:
         ValueError, OSError: what a unit met. What is finished is kept.
@@ -124,11 +128,11 @@ def do_units(
     ]
     total = sum(unit.num_bytes for unit in units.values())
     left = sum(unit.num_bytes for _, unit in todo)
-    progress = Progress(what, total, total - left, resources.quiet)
+    progress = Progress("converting", total, total - left, resources.quiet)
     todo = _in_turn(todo)
     setup = WorkerSetup(str(partial.content), elements, str(partial.lock))
     try:
-        for name, result in run_units(todo, resources.num_workers, setup, progress.update):
+        for name, result in run_units(todo, resources.num_workers, setup, progress.update, meanwhile):
             partial.record(name, units[name].sources, result)
     except OSError as error:
         raise OSError(

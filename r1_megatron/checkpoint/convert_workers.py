@@ -44,9 +44,15 @@ class WorkerError(RuntimeError):
 
 
 def run_units(
-    units: Sequence[tuple[str, Unit]], num_workers: int, setup: WorkerSetup, progress: Callable[[int], None]
+    units: Sequence[tuple[str, Unit]],
+    num_workers: int,
+    setup: WorkerSetup,
+    progress: Callable[[int], None],
+    meanwhile: Callable[[], None] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Do all units, ``num_workers`` at a time; answers each name and result as it is finished.
+
+    ``meanwhile`` is called once, when all workers have something to do.
 
     Raises:
         ValueError, OSError: what a unit met; the others are stopped.
@@ -68,6 +74,8 @@ def run_units(
             theirs.close()
             workers[ours] = (process, _give(ours, waiting))
         gc.unfreeze()
+        if meanwhile is not None:
+            meanwhile()
         while workers:
             for connection in wait(list(workers)):
                 assert isinstance(connection, Connection)

@@ -11,13 +11,12 @@ dist_checkpointing/core.py and strategies/torch.py.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 
 from r1_megatron.checkpoint.pickles import Record, load_restricted
-from r1_megatron.checkpoint.safetensors_files import CALL_BYTES, read_exactly
+from r1_megatron.checkpoint.safetensors_files import read_exactly
 
 METADATA = ".metadata"
 _READ_AGAIN_BYTES = 4 << 20
@@ -296,75 +295,3 @@ class _Range(io.RawIOBase):
         count = os.preadv(self._file.fileno(), [view], self._start + self._at) if len(view) else 0
         self._at += count
         return count
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
-
-
-class PartWriter:
-    """One ``*.distcp`` file, chunk after chunk, with its CRC-32 taken on the way."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed in close)
-        self._crc = 0
-        self.num_bytes = 0
-
-    def add(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> StoredChunk:
-        """Append a chunk: ``tensor`` is the block of ``key`` at ``offsets``, and has its storage to itself."""
-        start = self.num_bytes
-        torch.save(tensor, self)
-        return StoredChunk(offsets, tuple(tensor.shape), self.path.name, start, self.num_bytes - start)
-
-    def write(self, data) -> int:
-        view = memoryview(data).cast("B")
-        self._crc = zlib.crc32(view, self._crc)
-        done = 0
-        while done < len(view):
-            done += self._file.write(view[done : done + CALL_BYTES])
-        self.num_bytes += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """For torch.save; nothing is held back."""
-
-    def close(self) -> tuple[int, str]:
-        """Onto the disk; answers the file's bytes and CRC-32 (hexadecimal)."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self.num_bytes, f"{self._crc:08x}"
-
-    def abandon(self) -> None:
-        """Let go of the file as it is."""
-        self._file.close()
-
-
-def write_metadata(folder: str | Path, keys: Iterable[StoredKey]) -> None:
-    """``.metadata``, ``metadata.json`` and an empty ``common.pt``: what makes part files a checkpoint."""
-    # Half a second of imports that only the end of a conversion needs.
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    tensors, places = {}, {}
-    for stored in keys:
-        chunks = []
-        for number, chunk in enumerate(stored.chunks):
-            chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
-            index = MetadataIndex(stored.key, torch.Size(chunk.offsets), number)
-            places[index] = _StorageInfo(chunk.file, chunk.start, chunk.length)
-        tensors[stored.key] = TensorStorageMetadata(
-            TensorProperties(dtype=stored.dtype), torch.Size(stored.shape), chunks
-        )
-    folder = Path(folder)
-    with open(folder / METADATA, "wb") as file:
-        pickle.dump(Metadata(tensors, storage_data=places, version="1.0.0"), file)
-    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    backends |= {"common_backend": "torch", "common_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(backends))
-    torch.save({}, folder / "common.pt")

@@ -1,6 +1,6 @@
 """``r1-megatron convert`` with small units and a slow disk, so that a small model has moments for a kill to fall in.
 
-    python -m tests.e2e.convert_in_small_pieces from-hf SRC DST ...
+python -m tests.e2e.convert_in_small_pieces from-hf SRC DST ...
 """
 
 from __future__ import annotations

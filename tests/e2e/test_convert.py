@@ -236,6 +236,21 @@ def test_other_dtypes_and_layouts_of_experts(tmp_path: Path) -> None:
     assert set(unfused) == set(plain) and all(same_bytes(unfused[name], plain[name]) for name in plain)
 
 
+def test_kept_fp8_can_only_be_fused_without_its_blocks(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", FP8_MODEL, "fp8")
+    from_hugging_face(source, tmp_path / "checkpoint", ImportOptions(), QUIET)
+    for fp8 in ("source", "quantize"):
+        with pytest.raises(ValueError, match="--experts fused: fused experts have no block scales"):
+            to_hugging_face(tmp_path / "checkpoint", tmp_path / "out", ExportOptions(experts="fused", fp8=fp8), QUIET)
+    to_hugging_face(
+        tmp_path / "checkpoint", tmp_path / "fused", ExportOptions(experts="fused", fp8="dequantize"), QUIET
+    )
+    expected, found = released_cast(tensors_of(source)), tensors_of(tmp_path / "fused")
+    for number in range(4):
+        name = f"model.layers.1.mlp.experts.{number}.down_proj.weight"
+        assert same_bytes(found["model.layers.1.mlp.experts.down_proj"][number], expected[name])
+
+
 def test_quantizing_a_model_that_never_was_fp8(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", FP8_MODEL, "bf16")
     from_hugging_face(source, tmp_path / "checkpoint", ImportOptions(), QUIET)
@@ -394,6 +409,17 @@ def test_a_head_of_its_own_is_another_model(tmp_path: Path) -> None:
     rewrite(lambda tensors: tensors["model.layers.2.shared_head.head.weight"].add_(1))(source)
     with pytest.raises(ValueError, match=r"shared_head\.head\.weight should repeat lm_head\.weight"):
         from_hugging_face(source, tmp_path / "out", ImportOptions(), QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flipped_bit_in_a_folder_of_ours_is_named(converted: Path, tmp_path: Path) -> None:
+    exported = to_hugging_face(converted, tmp_path / "exported", ExportOptions(), QUIET).folder
+    shard = sorted(exported.glob("*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-7] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{shard.name}: model\.\S+ is not what manifest\.jsonl says"):
+        from_hugging_face(exported, tmp_path / "out", ImportOptions(), QUIET)
     assert not (tmp_path / "out").exists()
 
 

@@ -13,14 +13,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 
 from r1_megatron.checkpoint.pickles import load_restricted
-from r1_megatron.checkpoint.torch_dist_files import (
-    PartWriter,
-    RowReader,
-    StoredChunk,
-    StoredKey,
-    read_metadata,
-    write_metadata,
-)
+from r1_megatron.checkpoint.torch_dist_files import RowReader, StoredChunk, StoredKey, read_metadata
+from r1_megatron.checkpoint.torch_dist_writing import PartWriter, write_metadata
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 
