@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 import psutil
 
-from r1_megatron.checkpoint.convert_run import Resources
+from r1_megatron.checkpoint.convert.work import Resources
 from tools.measure import cpu_name, table
 
 ROOT = Path(__file__).resolve().parent.parent

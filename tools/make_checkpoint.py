@@ -22,11 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
 
-from r1_megatron.checkpoint.convert_run import parse_size
-from r1_megatron.checkpoint.hf_config import hf_from_model
-from r1_megatron.checkpoint.matching import SCALE_SUFFIX, scale_shape
-from r1_megatron.checkpoint.naming import aliases, entries, fused_expert_name, hugging_face_shapes
-from r1_megatron.checkpoint.safetensors_files import (
+from r1_megatron.checkpoint.convert.work import parse_size
+from r1_megatron.checkpoint.files.safetensors import (
     INDEX,
     SINGLE,
     StoredTensor,
@@ -35,6 +32,9 @@ from r1_megatron.checkpoint.safetensors_files import (
     create_file,
     item_size,
 )
+from r1_megatron.checkpoint.hugging_face.config import hf_from_model
+from r1_megatron.checkpoint.matching import SCALE_SUFFIX, scale_shape
+from r1_megatron.checkpoint.naming import aliases, entries, fused_expert_name, hugging_face_shapes
 from r1_megatron.config.presets import PRESETS
 from r1_megatron.config.schema import ModelConfig
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from r1_megatron.checkpoint.torch_dist_files import read_metadata
+from r1_megatron.checkpoint.files.torch_dist import read_metadata
 
 _BLOCK = 1 << 22
 

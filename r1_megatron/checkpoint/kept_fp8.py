@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from r1_megatron.checkpoint.convert_manifest import SCALES
 from r1_megatron.checkpoint.fp8 import dequantize_shard_
+from r1_megatron.checkpoint.hugging_face.origin import ORIGIN, SCALES, read_config
 from r1_megatron.checkpoint.matching import SCALE_SUFFIX
 from r1_megatron.checkpoint.naming import entries_by_name
-from r1_megatron.checkpoint.origin import ORIGIN, read_config
 from r1_megatron.config.schema import ModelConfig
 from r1_megatron.model.parameters import GlobalParameter, global_parameters
 from r1_megatron.parallel.groups import ProcessGroups

@@ -20,14 +20,14 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException
 
 from r1_megatron.checkpoint.contents import Contents
+from r1_megatron.checkpoint.files.pickles import check_pickle
+from r1_megatron.checkpoint.files.torch_dist import METADATA, read_metadata
 from r1_megatron.checkpoint.integrity import file_problems
 from r1_megatron.checkpoint.kept_fp8 import keeps_fp8, scale_weights
 from r1_megatron.checkpoint.naming import entries_by_name
 from r1_megatron.checkpoint.optimizer_state import prepare_state
-from r1_megatron.checkpoint.pickles import check_pickle
 from r1_megatron.checkpoint.random_states import set_random_states
 from r1_megatron.checkpoint.same_model import check_same_model
-from r1_megatron.checkpoint.torch_dist_files import METADATA, read_metadata
 from r1_megatron.checkpoint.writer import CheckpointWriter, first_cause
 from r1_megatron.config.schema import ModelConfig
 from r1_megatron.model.parameters import global_parameters

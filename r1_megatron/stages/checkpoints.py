@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from r1_megatron.checkpoint import retention
 from r1_megatron.checkpoint.contents import Contents
+from r1_megatron.checkpoint.hugging_face.origin import copy_origin
 from r1_megatron.checkpoint.optimizer_state import optimizer_step
-from r1_megatron.checkpoint.origin import copy_origin
 from r1_megatron.checkpoint.writer import CheckpointWriter
 from r1_megatron.config.schema import RunConfig
 from r1_megatron.parallel.groups import ProcessGroups

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from r1_megatron.checkpoint.contents import Contents
-from r1_megatron.checkpoint.origin import ORIGIN, build_origin, copy_origin, write_origin
+from r1_megatron.checkpoint.hugging_face.origin import ORIGIN, build_origin, copy_origin, write_origin
 from r1_megatron.checkpoint.random_states import seed_random
 from r1_megatron.checkpoint.store import load_checkpoint
 from r1_megatron.checkpoint.writer import CheckpointWriter

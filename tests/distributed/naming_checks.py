@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from r1_megatron.checkpoint.hf_config import model_from_hf
-from r1_megatron.checkpoint.hugging_face import load_hugging_face
+from r1_megatron.checkpoint.hugging_face.config import model_from_hf
+from r1_megatron.checkpoint.hugging_face.weights import load_hugging_face
 from r1_megatron.checkpoint.matching import match_tensors
 from r1_megatron.config.schema import ParallelConfig, RunConfig, TrainConfig
 from r1_megatron.model.build import build_model

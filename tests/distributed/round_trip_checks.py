@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from r1_megatron.checkpoint.contents import Contents
-from r1_megatron.checkpoint.origin import copy_origin
+from r1_megatron.checkpoint.hugging_face.origin import copy_origin
 from r1_megatron.checkpoint.store import load_checkpoint
 from r1_megatron.checkpoint.writer import CheckpointWriter
 from r1_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig

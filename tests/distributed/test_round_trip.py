@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from r1_megatron.checkpoint.convert import ExportOptions, ImportOptions, Resources, from_hugging_face, to_hugging_face
-from r1_megatron.checkpoint.convert_manifest import MANIFEST
+from r1_megatron.checkpoint.convert.manifest import MANIFEST
 from r1_megatron.config.schema import ModelConfig
 from tests.distributed import round_trip_checks as checks
 from tests.distributed.layouts import LAYOUTS, layout, world_size

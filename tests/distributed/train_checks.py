@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from r1_megatron.checkpoint.hugging_face import load_hugging_face, whole_tensor
+from r1_megatron.checkpoint.hugging_face.weights import load_hugging_face, whole_tensor
 from r1_megatron.config.schema import ModelConfig, ParallelConfig, RLConfig, RolloutConfig, RunConfig, TrainConfig
 from r1_megatron.kernels.linear_head import linear_policy_loss
 from r1_megatron.model.parameters import GlobalParameter, global_parameters

@@ -9,16 +9,16 @@ import sys
 import time
 from typing import Any
 
-from r1_megatron.checkpoint import convert_export, convert_import, convert_run
-from r1_megatron.checkpoint.convert_journal import Partial
+from r1_megatron.checkpoint.convert import exporting, importing, work
+from r1_megatron.checkpoint.convert.journal import Partial
 from r1_megatron.cli import main
 
 
 def main_in_small_pieces() -> int:
     """The command line's exit code."""
-    convert_import.PART_BYTES = 50_000
-    convert_export.UNIT_BYTES = 30_000
-    convert_run._MAX_ELEMENTS = 2000
+    importing.PART_BYTES = 50_000
+    exporting.UNIT_BYTES = 30_000
+    work._MAX_ELEMENTS = 2000
     record = Partial.record
 
     def record_slowly(self: Partial, unit: str, sources: list[str], result: Any) -> None:

@@ -26,7 +26,7 @@ from r1_megatron.checkpoint.convert import (
     to_hugging_face,
     verify,
 )
-from r1_megatron.checkpoint.convert_manifest import MANIFEST
+from r1_megatron.checkpoint.convert.manifest import MANIFEST
 from r1_megatron.cli import main
 from r1_megatron.config.schema import ModelConfig
 from tests.rank_pool import RankPool
@@ -57,9 +57,9 @@ FP8_MODEL = ModelConfig(
 @pytest.fixture(autouse=True)
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models should go through the same mechanisms: several units, several slices a tensor."""
-    monkeypatch.setattr("r1_megatron.checkpoint.convert_run._MAX_ELEMENTS", 2000)
-    monkeypatch.setattr("r1_megatron.checkpoint.convert_import.PART_BYTES", 40_000)
-    monkeypatch.setattr("r1_megatron.checkpoint.convert_export.UNIT_BYTES", 30_000)
+    monkeypatch.setattr("r1_megatron.checkpoint.convert.work._MAX_ELEMENTS", 2000)
+    monkeypatch.setattr("r1_megatron.checkpoint.convert.importing.PART_BYTES", 40_000)
+    monkeypatch.setattr("r1_megatron.checkpoint.convert.exporting.UNIT_BYTES", 30_000)
 
 
 def files_of(folder: Path) -> dict[str, str]:

@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from r1_megatron.checkpoint.convert import ExportOptions, ImportOptions, Resources, from_hugging_face, to_hugging_face
-from r1_megatron.checkpoint.convert_journal import Partial
-from r1_megatron.checkpoint.convert_run import check_room, parse_size
+from r1_megatron.checkpoint.convert.journal import Partial
+from r1_megatron.checkpoint.convert.work import check_room, parse_size
 from tests.e2e.test_convert import FP8_MODEL, QUIET, files_of
 from tools.make_checkpoint import make_checkpoint
 
@@ -69,8 +69,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "checkpoint"
     patch = pytest.MonkeyPatch()
-    patch.setattr("r1_megatron.checkpoint.convert_import.PART_BYTES", 50_000)
-    patch.setattr("r1_megatron.checkpoint.convert_run._MAX_ELEMENTS", 2000)
+    patch.setattr("r1_megatron.checkpoint.convert.importing.PART_BYTES", 50_000)
+    patch.setattr("r1_megatron.checkpoint.convert.work._MAX_ELEMENTS", 2000)
     from_hugging_face(source, folder, ImportOptions(), QUIET)
     patch.undo()
     return folder

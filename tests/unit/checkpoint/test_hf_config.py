@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from r1_megatron.checkpoint.hf_config import hf_from_model, is_fp8, model_from_hf
+from r1_megatron.checkpoint.hugging_face.config import hf_from_model, is_fp8, model_from_hf
 from r1_megatron.checkpoint.matching import match_tensors
 from r1_megatron.checkpoint.naming import entries, hugging_face_shapes
 from r1_megatron.config.presets import PRESETS

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from r1_megatron.checkpoint.hugging_face import assemble
+from r1_megatron.checkpoint.hugging_face.weights import assemble
 from r1_megatron.checkpoint.matching import match_tensors, scale_shape
 from r1_megatron.checkpoint.naming import (
     aliases,

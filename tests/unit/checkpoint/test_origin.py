@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from r1_megatron.checkpoint.hf_config import is_fp8, model_from_hf
-from r1_megatron.checkpoint.origin import (
+from r1_megatron.checkpoint.hugging_face.config import is_fp8, model_from_hf
+from r1_megatron.checkpoint.hugging_face.origin import (
     build_origin,
     collect_origin,
     copy_origin,

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from r1_megatron.checkpoint.pickles import check_pickle, load_restricted
+from r1_megatron.checkpoint.files.pickles import check_pickle, load_restricted
 
 METADATA = Metadata(
     {

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from r1_megatron.checkpoint.safetensors_files import (
+from r1_megatron.checkpoint.files.safetensors import (
     DTYPE_NAMES,
     INDEX,
     SINGLE,

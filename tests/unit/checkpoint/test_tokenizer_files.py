@@ -13,10 +13,10 @@ import sentencepiece
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from r1_megatron.checkpoint.hf_config import hf_from_model
-from r1_megatron.checkpoint.origin import write_origin
-from r1_megatron.checkpoint.sentencepiece_json import UnsupportedSentencePiece, convert
-from r1_megatron.checkpoint.tokenizer_files import disagreement, tokenizer_files
+from r1_megatron.checkpoint.hugging_face.config import hf_from_model
+from r1_megatron.checkpoint.hugging_face.origin import write_origin
+from r1_megatron.checkpoint.hugging_face.sentencepiece_json import UnsupportedSentencePiece, convert
+from r1_megatron.checkpoint.hugging_face.tokenizer_files import disagreement, tokenizer_files
 from r1_megatron.data.tokenizers import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 
-from r1_megatron.checkpoint.pickles import load_restricted
-from r1_megatron.checkpoint.torch_dist_files import RowReader, StoredChunk, StoredKey, read_metadata
-from r1_megatron.checkpoint.torch_dist_writing import PartWriter, write_metadata
+from r1_megatron.checkpoint.files.pickles import load_restricted
+from r1_megatron.checkpoint.files.torch_dist import RowReader, StoredChunk, StoredKey, read_metadata
+from r1_megatron.checkpoint.files.torch_dist_writing import PartWriter, write_metadata
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 

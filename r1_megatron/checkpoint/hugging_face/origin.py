@@ -19,13 +19,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from r1_megatron.checkpoint.hf_config import hf_from_model
-from r1_megatron.checkpoint.tokenizer_files import TokenizerFiles, files_of, tokenizer_files
+from r1_megatron.checkpoint.hugging_face.config import hf_from_model
+from r1_megatron.checkpoint.hugging_face.tokenizer_files import TokenizerFiles, files_of, tokenizer_files
 from r1_megatron.config.schema import ModelConfig
 from r1_megatron.data.tokenizers import SentencePieceTokenizer, Tokenizer
 from r1_megatron.telemetry.run_folder import write_atomic
 
 ORIGIN = "hugging_face"
+# In it, the block scales of an FP8 source: `<weight>_scale_inv`, float32.
+SCALES = "weight_scales.safetensors"
 _CONFIGURATION = ("config.json", "generation_config.json")
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 # Transformers 5.23, MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS of its tokenization_auto.py.

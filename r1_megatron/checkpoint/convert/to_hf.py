@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r1_megatron.checkpoint.convert_export import group_units, pieces_by_name
-from r1_megatron.checkpoint.convert_from_hf import Converted, ensure_file, plan_digest
-from r1_megatron.checkpoint.convert_journal import Partial
-from r1_megatron.checkpoint.convert_manifest import (
-    SCALES,
+from r1_megatron.checkpoint.convert.exporting import group_units, pieces_by_name
+from r1_megatron.checkpoint.convert.from_hf import Converted, ensure_file, plan_digest
+from r1_megatron.checkpoint.convert.journal import Partial
+from r1_megatron.checkpoint.convert.manifest import (
     file_lines,
     model_of,
     read_description,
@@ -27,8 +26,7 @@ from r1_megatron.checkpoint.convert_manifest import (
     verify,
     write_manifest,
 )
-from r1_megatron.checkpoint.convert_run import Resources, check_room, check_target, do_units
-from r1_megatron.checkpoint.convert_shards import (
+from r1_megatron.checkpoint.convert.shards import (
     ExportOptions,
     Source,
     Tensor,
@@ -36,11 +34,8 @@ from r1_megatron.checkpoint.convert_shards import (
     plan_shards,
     read_source,
 )
-from r1_megatron.checkpoint.hf_config import hf_from_model
-from r1_megatron.checkpoint.integrity import file_problems, files_in
-from r1_megatron.checkpoint.naming import entries
-from r1_megatron.checkpoint.origin import ORIGIN, exported_config, read_config, write_origin
-from r1_megatron.checkpoint.safetensors_files import (
+from r1_megatron.checkpoint.convert.work import Resources, check_room, check_target, do_units
+from r1_megatron.checkpoint.files.safetensors import (
     INDEX,
     SINGLE,
     TORCH_DTYPES,
@@ -49,7 +44,11 @@ from r1_megatron.checkpoint.safetensors_files import (
     item_size,
     plan_file,
 )
-from r1_megatron.checkpoint.torch_dist_files import read_metadata
+from r1_megatron.checkpoint.files.torch_dist import read_metadata
+from r1_megatron.checkpoint.hugging_face.config import hf_from_model
+from r1_megatron.checkpoint.hugging_face.origin import ORIGIN, SCALES, exported_config, read_config, write_origin
+from r1_megatron.checkpoint.integrity import file_problems, files_in
+from r1_megatron.checkpoint.naming import entries
 from r1_megatron.config.schema import ModelConfig
 
 # Transformers loads no file that does not say it is PyTorch's.

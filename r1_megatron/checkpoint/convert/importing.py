@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from r1_megatron.checkpoint.convert_values import (
+from r1_megatron.checkpoint.convert.values import (
     Buffer,
     TensorHash,
     all_finite,
@@ -22,11 +22,11 @@ from r1_megatron.checkpoint.convert_values import (
     cast,
     first_problem,
 )
+from r1_megatron.checkpoint.files.safetensors import DTYPE_NAMES, TORCH_DTYPES, StoredTensor, TensorFiles
+from r1_megatron.checkpoint.files.torch_dist import StoredChunk
+from r1_megatron.checkpoint.files.torch_dist_writing import PartWriter
 from r1_megatron.checkpoint.matching import SCALE_SUFFIX
 from r1_megatron.checkpoint.naming import Entry, Rows, fused_expert_name, halves_to_pairs
-from r1_megatron.checkpoint.safetensors_files import DTYPE_NAMES, TORCH_DTYPES, StoredTensor, TensorFiles
-from r1_megatron.checkpoint.torch_dist_files import StoredChunk
-from r1_megatron.checkpoint.torch_dist_writing import PartWriter
 
 # A part file is about this long. It is what a killed conversion does again, and what one worker does alone.
 PART_BYTES = 256 << 20

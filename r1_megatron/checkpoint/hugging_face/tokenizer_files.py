@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from r1_megatron.checkpoint.sentencepiece_json import UnsupportedSentencePiece, convert
+from r1_megatron.checkpoint.hugging_face.sentencepiece_json import UnsupportedSentencePiece, convert
 from r1_megatron.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 # What a tokenizer is made of, in a folder of the Hugging Face layout.

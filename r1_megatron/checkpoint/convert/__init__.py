@@ -1,19 +1,19 @@
 """The converter: Hugging Face folders to distributed checkpoints and back, streamed; and the check of either.
 
-Where to read on: ``naming.py`` (which rows are which), ``convert_from_hf.py`` and ``convert_to_hf.py`` (a conversion
-from beginning to end), ``convert_import.py`` and ``convert_export.py`` (what one process does), ``convert_journal.py``
-(kills), ``convert_manifest.py`` (audit).
+Where to read on: ``checkpoint/naming.py`` (which rows are which), ``from_hf.py`` and ``to_hf.py`` (a conversion from
+beginning to end), ``importing.py`` and ``exporting.py`` (what one process does), ``journal.py`` (kills),
+``manifest.py`` (audit).
 """
 
 from __future__ import annotations
 
 import argparse
 
-from r1_megatron.checkpoint.convert_from_hf import Converted, ImportOptions, from_hugging_face
-from r1_megatron.checkpoint.convert_manifest import Verification, verify
-from r1_megatron.checkpoint.convert_run import Resources, parse_size
-from r1_megatron.checkpoint.convert_to_hf import ExportOptions, to_hugging_face
-from r1_megatron.checkpoint.convert_workers import WorkerError
+from r1_megatron.checkpoint.convert.from_hf import Converted, ImportOptions, from_hugging_face
+from r1_megatron.checkpoint.convert.manifest import Verification, verify
+from r1_megatron.checkpoint.convert.to_hf import ExportOptions, to_hugging_face
+from r1_megatron.checkpoint.convert.work import Resources, parse_size
+from r1_megatron.checkpoint.convert.workers import WorkerError
 
 __all__ = [
     "Converted",

@@ -22,19 +22,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r1_megatron.checkpoint.convert_check import CheckUnit, group_checks
-from r1_megatron.checkpoint.convert_export import ExportTensor, ExportUnit, group_units, pieces_by_name
-from r1_megatron.checkpoint.convert_run import Resources, do_checks
+from r1_megatron.checkpoint.convert.check import CheckUnit, group_checks
+from r1_megatron.checkpoint.convert.exporting import ExportTensor, ExportUnit, group_units, pieces_by_name
+from r1_megatron.checkpoint.convert.work import Resources, do_checks
+from r1_megatron.checkpoint.files.safetensors import StoredTensor, read_folder, read_header
+from r1_megatron.checkpoint.files.torch_dist import read_metadata
+from r1_megatron.checkpoint.hugging_face.origin import ORIGIN, SCALES, read_config
 from r1_megatron.checkpoint.integrity import file_problems, files_in, hash_file
 from r1_megatron.checkpoint.naming import entries, fused_expert_name
-from r1_megatron.checkpoint.origin import ORIGIN, read_config
-from r1_megatron.checkpoint.safetensors_files import StoredTensor, read_folder, read_header
-from r1_megatron.checkpoint.torch_dist_files import read_metadata
 from r1_megatron.config.schema import ModelConfig
 from r1_megatron.telemetry.run_folder import CHECKPOINT
 
 MANIFEST = "manifest.jsonl"
-SCALES = "weight_scales.safetensors"
 
 
 def write_manifest(folder: Path, head: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> None:

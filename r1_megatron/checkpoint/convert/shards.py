@@ -16,13 +16,12 @@ from typing import Any, Literal
 
 import torch
 
-from r1_megatron.checkpoint.convert_export import FP8, ExportTensor, Piece
-from r1_megatron.checkpoint.convert_manifest import SCALES
-from r1_megatron.checkpoint.convert_run import DTYPES
+from r1_megatron.checkpoint.convert.exporting import FP8, ExportTensor, Piece
+from r1_megatron.checkpoint.convert.work import DTYPES
+from r1_megatron.checkpoint.files.safetensors import DTYPE_NAMES, SINGLE, TORCH_DTYPES, Header, StoredTensor, item_size
+from r1_megatron.checkpoint.hugging_face.origin import ORIGIN, SCALES
 from r1_megatron.checkpoint.matching import SCALE_SUFFIX, scale_shape
 from r1_megatron.checkpoint.naming import aliases, fused_expert_name
-from r1_megatron.checkpoint.origin import ORIGIN
-from r1_megatron.checkpoint.safetensors_files import DTYPE_NAMES, SINGLE, TORCH_DTYPES, Header, StoredTensor, item_size
 from r1_megatron.config.schema import ModelConfig
 
 _PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from r1_megatron.checkpoint.config_reader import REQUIRED, ConfigReader
+from r1_megatron.checkpoint.hugging_face.config_reader import REQUIRED, ConfigReader
 from r1_megatron.config.schema import ModelConfig
 
 # Llama 3.1's two wavelength limits, as megatron-core has them built in.

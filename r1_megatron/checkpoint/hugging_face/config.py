@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_type_hints
 
-from r1_megatron.checkpoint.config_reader import REQUIRED, ConfigReader
-from r1_megatron.checkpoint.hf_rotary import rope_scaling_of, rotary_from_hf
+from r1_megatron.checkpoint.hugging_face.config_reader import REQUIRED, ConfigReader
+from r1_megatron.checkpoint.hugging_face.rotary import rope_scaling_of, rotary_from_hf
 from r1_megatron.checkpoint.matching import FP8_BLOCK
 from r1_megatron.config.schema import ModelConfig
 

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from r1_megatron.checkpoint.convert_check import CheckUnit, CheckWorker
-from r1_megatron.checkpoint.convert_export import ExportUnit, ExportWorker
-from r1_megatron.checkpoint.convert_import import ImportUnit, ImportWorker
-from r1_megatron.checkpoint.convert_journal import hold
+from r1_megatron.checkpoint.convert.check import CheckUnit, CheckWorker
+from r1_megatron.checkpoint.convert.exporting import ExportUnit, ExportWorker
+from r1_megatron.checkpoint.convert.importing import ImportUnit, ImportWorker
+from r1_megatron.checkpoint.convert.journal import hold
 
 Unit = ImportUnit | ExportUnit | CheckUnit
 _REPORT_EVERY_S = 0.1

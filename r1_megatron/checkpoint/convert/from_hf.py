@@ -18,16 +18,11 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from r1_megatron.checkpoint.convert_import import ImportUnit, plan_units
-from r1_megatron.checkpoint.convert_journal import Partial
-from r1_megatron.checkpoint.convert_manifest import MANIFEST, SCALES, read_manifest, verify, write_manifest
-from r1_megatron.checkpoint.convert_run import DTYPES, Resources, check_room, check_target, do_units
-from r1_megatron.checkpoint.hf_config import is_fp8, model_from_hf
-from r1_megatron.checkpoint.integrity import files_in, hash_file
-from r1_megatron.checkpoint.matching import Match, match_tensors
-from r1_megatron.checkpoint.naming import Entry, entries
-from r1_megatron.checkpoint.origin import ORIGIN, collect_origin, read_config, write_origin
-from r1_megatron.checkpoint.safetensors_files import (
+from r1_megatron.checkpoint.convert.importing import ImportUnit, plan_units
+from r1_megatron.checkpoint.convert.journal import Partial
+from r1_megatron.checkpoint.convert.manifest import MANIFEST, read_manifest, verify, write_manifest
+from r1_megatron.checkpoint.convert.work import DTYPES, Resources, check_room, check_target, do_units
+from r1_megatron.checkpoint.files.safetensors import (
     INDEX,
     TORCH_DTYPES,
     Header,
@@ -38,8 +33,13 @@ from r1_megatron.checkpoint.safetensors_files import (
     read_folder,
     read_header,
 )
-from r1_megatron.checkpoint.torch_dist_files import StoredChunk, StoredKey
-from r1_megatron.checkpoint.torch_dist_writing import import_metadata_classes, write_metadata
+from r1_megatron.checkpoint.files.torch_dist import StoredChunk, StoredKey
+from r1_megatron.checkpoint.files.torch_dist_writing import import_metadata_classes, write_metadata
+from r1_megatron.checkpoint.hugging_face.config import is_fp8, model_from_hf
+from r1_megatron.checkpoint.hugging_face.origin import ORIGIN, SCALES, collect_origin, read_config, write_origin
+from r1_megatron.checkpoint.integrity import files_in, hash_file
+from r1_megatron.checkpoint.matching import Match, match_tensors
+from r1_megatron.checkpoint.naming import Entry, entries
 from r1_megatron.config.schema import ModelConfig
 from r1_megatron.telemetry.run_folder import CHECKPOINT
 

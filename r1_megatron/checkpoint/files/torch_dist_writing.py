@@ -1,6 +1,6 @@
 """Writing a distributed checkpoint (``torch_dist``) without torch.distributed: part files, and what describes them.
 
-The format and its sources are those of ``torch_dist_files.py``.
+The format and its sources are those of ``torch_dist.py``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from r1_megatron.checkpoint.safetensors_files import CALL_BYTES
-from r1_megatron.checkpoint.torch_dist_files import METADATA, StoredChunk, StoredKey
+from r1_megatron.checkpoint.files.safetensors import CALL_BYTES
+from r1_megatron.checkpoint.files.torch_dist import METADATA, StoredChunk, StoredKey
 
 
 class PartWriter:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from r1_megatron.checkpoint.files.safetensors import StoredTensor, TensorFiles
 from r1_megatron.checkpoint.fp8 import dequantize
-from r1_megatron.checkpoint.safetensors_files import StoredTensor, TensorFiles
 
 _HASH_BYTES = 4 << 20
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from r1_megatron.checkpoint.pickles import Record, load_restricted
-from r1_megatron.checkpoint.safetensors_files import read_exactly
+from r1_megatron.checkpoint.files.pickles import Record, load_restricted
+from r1_megatron.checkpoint.files.safetensors import read_exactly
 
 METADATA = ".metadata"
 _READ_AGAIN_BYTES = 4 << 20

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from r1_megatron.checkpoint.convert_check import CheckUnit
-from r1_megatron.checkpoint.convert_export import ExportUnit
-from r1_megatron.checkpoint.convert_import import ImportUnit
-from r1_megatron.checkpoint.convert_journal import Partial
-from r1_megatron.checkpoint.convert_progress import Progress
-from r1_megatron.checkpoint.convert_workers import WorkerSetup, run_units
+from r1_megatron.checkpoint.convert.check import CheckUnit
+from r1_megatron.checkpoint.convert.exporting import ExportUnit
+from r1_megatron.checkpoint.convert.importing import ImportUnit
+from r1_megatron.checkpoint.convert.journal import Partial
+from r1_megatron.checkpoint.convert.progress import Progress
+from r1_megatron.checkpoint.convert.workers import WorkerSetup, run_units
 
 # Dtypes by the command line's words.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

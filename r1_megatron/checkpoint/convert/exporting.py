@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from r1_megatron.checkpoint.convert_values import (
+from r1_megatron.checkpoint.convert.values import (
     Buffer,
     TensorHash,
     all_finite,
@@ -24,11 +24,11 @@ from r1_megatron.checkpoint.convert_values import (
     first_problem,
     rows_of,
 )
+from r1_megatron.checkpoint.files.safetensors import DTYPE_NAMES, StoredTensor, TensorFiles
+from r1_megatron.checkpoint.files.torch_dist import RowReader, StoredChunk, StoredKey
 from r1_megatron.checkpoint.fp8 import BLOCK, quantize
 from r1_megatron.checkpoint.matching import SCALE_SUFFIX, scale_shape
 from r1_megatron.checkpoint.naming import VOCABULARY, Entry, pairs_to_halves
-from r1_megatron.checkpoint.safetensors_files import DTYPE_NAMES, StoredTensor, TensorFiles
-from r1_megatron.checkpoint.torch_dist_files import RowReader, StoredChunk, StoredKey
 
 # What one worker does alone, and a killed conversion does again.
 UNIT_BYTES = 128 << 20

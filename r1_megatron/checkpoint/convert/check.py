@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from r1_megatron.checkpoint.convert_values import Buffer, hash_tensor
+from r1_megatron.checkpoint.convert.values import Buffer, hash_tensor
+from r1_megatron.checkpoint.files.safetensors import StoredTensor, TensorFiles
 from r1_megatron.checkpoint.integrity import changed_checksum
-from r1_megatron.checkpoint.safetensors_files import StoredTensor, TensorFiles
 
 
 @dataclass(frozen=True)

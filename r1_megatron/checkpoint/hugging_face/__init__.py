@@ -1,0 +1,1 @@
+"""The Hugging Face side of a model: configuration, tokenizer, and its weights into a built model."""
