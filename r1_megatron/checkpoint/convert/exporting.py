@@ -60,6 +60,7 @@ class ExportTensor:
         scales: the block scales of each part's source, if there are any.
         place: where it is written; ``None``: nowhere.
         scale_place: where its block scales are written.
+        sha256: of its bytes, where the checkpoint's manifest says it and nothing is to be converted.
     """
 
     name: str
@@ -69,6 +70,7 @@ class ExportTensor:
     scales: tuple[StoredTensor, ...] = ()
     place: StoredTensor | None = None
     scale_place: StoredTensor | None = None
+    sha256: str | None = None
 
     @property
     def stored(self) -> StoredKey:
@@ -219,10 +221,15 @@ class ExportWorker:
                 step = max(BLOCK, step // BLOCK * BLOCK)
             for start in range(0, height, step):
                 values = self._slice.tensor(part[0].stored.dtype, min(step, height - start), width)
-                self._gather(reader, part, start, values)
+                self._gather(reader, part, start, values, tensor.sha256 is None)
                 self._check(tensor, part, values, start)
                 self._write(files, tensor, self._converted(tensor, values, scales, start, written), written)
                 self._progress(values.nbytes)
+        if tensor.sha256 not in (None, written.digest.hexdigest()):
+            raise ValueError(
+                f"{_files_of(tensor.parts)}: {tensor.stored.key} ({tensor.name}): damaged: its sha256 is not what the "
+                "checkpoint's manifest says. Fetch the checkpoint again, or take an earlier one."
+            )
         return self._lines(files, tensor, scales, written)
 
     def _scales(self, files: TensorFiles, stored: StoredTensor) -> torch.Tensor:
@@ -232,7 +239,7 @@ class ExportWorker:
             raise ValueError(f"{stored.file}: {stored.name}: {first_problem(scales, 0)}. Scales have to be finite.")
         return scales
 
-    def _gather(self, reader: RowReader, part: Sequence[Piece], first: int, values: torch.Tensor) -> None:
+    def _gather(self, reader: RowReader, part: Sequence[Piece], first: int, values: torch.Tensor, check: bool) -> None:
         """Rows ``first ...`` of a part, as many as ``values`` has, from wherever they are."""
         stop = first + len(values)
         for piece in part:
@@ -241,19 +248,18 @@ class ExportWorker:
                 continue
             target = values[low - first : high - first]
             if not piece.halves:
-                reader.read(piece.stored, piece.expert, piece.first + low - piece.start, rows_of(target))
+                reader.read(piece.stored, piece.expert, piece.first + low - piece.start, rows_of(target), check)
                 continue
             # Its pairs can only be told apart when all of them are there.
             head = self._head.tensor(values.dtype, piece.stop - piece.start, values.shape[1])
-            reader.read(piece.stored, piece.expert, piece.first, rows_of(head))
+            reader.read(piece.stored, piece.expert, piece.first, rows_of(head), check)
             target.copy_(pairs_to_halves(head)[low - piece.start : high - piece.start])
 
     def _check(self, tensor: ExportTensor, part: Sequence[Piece], values: torch.Tensor, first: int) -> None:
         if not all_finite(values):
-            files = ", ".join(sorted({os.path.basename(chunk.file) for chunk in part[0].stored.chunks}))
             raise ValueError(
-                f"{files}: {part[0].stored.key} ({tensor.name}): {first_problem(values, first)}. Weights have to be "
-                "finite; export an earlier checkpoint."
+                f"{_files_of([part])}: {part[0].stored.key} ({tensor.name}): {first_problem(values, first)}. Weights "
+                "have to be finite; export an earlier checkpoint."
             )
 
     def _converted(
@@ -293,9 +299,7 @@ class ExportWorker:
             "key": stored.key,
             "expert": tensor.parts[0][0].expert if len(tensor.parts) == 1 else None,
             "dtype": str(stored.dtype).removeprefix("torch."),
-            "files": sorted(
-                {os.path.basename(c.file) for part in tensor.parts for piece in part for c in piece.stored.chunks}
-            ),
+            "files": _files_of(tensor.parts).split(", "),
         }
 
         def line(
@@ -317,3 +321,9 @@ class ExportWorker:
             name = tensor.name + SCALE_SUFFIX
             lines.append(line(name, "F32", scales.shape, digest.hexdigest(), tensor.scale_place))
         return lines
+
+
+def _files_of(parts: Sequence[Sequence[Piece]]) -> str:
+    """The files that can hold rows of these parts."""
+    names = {os.path.basename(chunk.file) for part in parts for piece in part for chunk in piece.stored.chunks}
+    return ", ".join(sorted(names))

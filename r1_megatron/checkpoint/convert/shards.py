@@ -210,8 +210,11 @@ def export_tensors(
     pieces: Mapping[str, tuple[Piece, ...]],
     scales: Mapping[str, StoredTensor],
     headers: Mapping[str, Header],
+    hashes: Mapping[str, tuple[str, str]],
 ) -> list[ExportTensor]:
     """What has to be written where, in the order of the files.
+
+    ``hashes``: dtype and sha256 of Hugging Face tensors as they lie in the checkpoint.
 
     Raises:
         ValueError: FP8 in the checkpoint whose scales are not there.
@@ -241,6 +244,7 @@ def export_tensors(
                 own_scales,
                 place,
                 places.get(name + SCALE_SUFFIX),
+                hashes[plain][1] if plain in hashes and hashes[plain][0] == place.dtype else None,
             )
         )
     if problems:

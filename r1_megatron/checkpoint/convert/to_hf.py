@@ -18,9 +18,11 @@ from r1_megatron.checkpoint.convert.exporting import group_units, pieces_by_name
 from r1_megatron.checkpoint.convert.from_hf import Converted, ensure_file, plan_digest
 from r1_megatron.checkpoint.convert.journal import Partial
 from r1_megatron.checkpoint.convert.manifest import (
+    MANIFEST,
     file_lines,
     model_of,
     read_description,
+    read_manifest,
     rope_interleave,
     scale_tensors,
     verify,
@@ -79,7 +81,7 @@ def to_hugging_face(
     content = target.with_name(target.name + ".partial") / "content"
     metadata = {name: source.metadata.get(name, _METADATA) if source else _METADATA for name in shards}
     headers = {name: plan_file(content / name, tensors, metadata[name]) for name, tensors in shards.items()}
-    tensors = export_tensors(model, pieces, scales, headers)
+    tensors = export_tensors(model, pieces, scales, headers, _known_hashes(checkpoint))
     units = {f"tensors {number}": unit for number, unit in enumerate(group_units(tensors))}
     identity = {
         "conversion": "to-hf",
@@ -121,7 +123,8 @@ def to_hugging_face(
 def check_small_files(checkpoint: Path, description: Mapping[str, Any]) -> None:
     """All but the weights against ``checkpoint.json``: sha256 of the small files, sizes of the parts.
 
-    The parts' bytes are checked while they are read, by the CRC-32 of every chunk.
+    The parts' bytes are checked while they are read: by the tensors' sha256, if there is a manifest, else by the CRC-32
+    of every chunk.
     """
     files = description.get("files") or {}
     parts = [name for name in files if name.endswith(".distcp")]
@@ -131,6 +134,13 @@ def check_small_files(checkpoint: Path, description: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{checkpoint} is damaged: {'; '.join(problems)}. Fetch these files again, or take another checkpoint."
         )
+
+
+def _known_hashes(checkpoint: Path) -> dict[str, tuple[str, str]]:
+    """Dtype and sha256 of every tensor of a converted checkpoint; of one that training wrote nothing is known."""
+    if not (checkpoint / MANIFEST).is_file():
+        return {}
+    return {line["name"]: (line["dtype"], line["sha256"]) for line in read_manifest(checkpoint)[1]}
 
 
 def _config(checkpoint: Path, model: ModelConfig) -> dict[str, Any]:
