@@ -120,16 +120,36 @@ def _add_convert_parser(commands: argparse._SubParsersAction) -> None:
     from_hf = kinds.add_parser("from-hf", help="a Hugging Face folder to a checkpoint")
     from_hf.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and safetensors")
     from_hf.add_argument("target", metavar="DST", type=Path, help="checkpoint to write; must not exist")
-    from_hf.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep")
+    from_hf.add_argument(
+        "--dtype",
+        choices=("keep", "bf16", "fp16", "fp32"),
+        default="keep",
+        help="of the weights (default: the source's)",
+    )
     from_hf.add_argument(
         "--fp8", choices=("keep", "dequantize"), default="keep", help="of an FP8 source; dequantize: to bf16 or --dtype"
     )
     to_hf = kinds.add_parser("to-hf", help="a checkpoint to a Hugging Face folder")
     to_hf.add_argument("source", metavar="CKPT", type=Path, help="checkpoint of a conversion or of training")
     to_hf.add_argument("target", metavar="DST", type=Path, help="folder to write; must not exist")
-    to_hf.add_argument("--dtype", choices=("source", "bf16", "fp16", "fp32"), default="source")
-    to_hf.add_argument("--fp8", choices=("source", "dequantize", "quantize"), default="source")
-    to_hf.add_argument("--experts", choices=("source", "per-expert", "fused"), default="source")
+    to_hf.add_argument(
+        "--dtype",
+        choices=("source", "bf16", "fp16", "fp32"),
+        default="source",
+        help="source: every tensor as in the folder it was imported from, else as stored",
+    )
+    to_hf.add_argument(
+        "--fp8",
+        choices=("source", "dequantize", "quantize"),
+        default="source",
+        help="source: FP8 where the source had it, unchanged blocks bit for bit; quantize: every projection",
+    )
+    to_hf.add_argument(
+        "--experts",
+        choices=("source", "per-expert", "fused"),
+        default="source",
+        help="a tensor per expert (the released layout), or Transformers' fused ones",
+    )
     to_hf.add_argument(
         "--max-shard-size", metavar="SIZE", default="5GB", help="of a file, where it is not the source's"
     )
