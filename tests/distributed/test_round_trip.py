@@ -17,7 +17,7 @@ from r1_megatron.config.schema import ModelConfig
 from tests.distributed import round_trip_checks as checks
 from tests.distributed.layouts import LAYOUTS, layout, world_size
 from tests.rank_pool import RankPool
-from tests.unit.checkpoint.variants import MODELS
+from tests.unit.checkpoint.variants import FP8_MODEL, MODELS
 from tools.make_checkpoint import make_checkpoint
 
 QUIET = Resources(workers=1, quiet=True)
@@ -38,23 +38,6 @@ SOURCES: dict[str, dict[str, Any]] = {
     "llama": {"dtype": "fp32"},
     "llama_bias": {"dtype": "bf16"},
 }
-# Matrices of more than one block, in no direction a whole number of them.
-FP8_MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=136,
-    ffn_hidden_size=300,
-    moe_ffn_hidden_size=130,
-    moe_shared_expert_intermediate_size=130,
-    num_attention_heads=2,
-    q_lora_rank=140,
-    kv_lora_rank=48,
-    num_moe_experts=4,
-    moe_router_num_groups=2,
-    moe_router_group_topk=1,
-    moe_router_topk=2,
-    vocab_size=67,
-    mtp_num_layers=1,
-)
 
 
 def model_of(name: str) -> ModelConfig:

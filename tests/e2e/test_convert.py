@@ -28,30 +28,12 @@ from r1_megatron.checkpoint.convert import (
 )
 from r1_megatron.checkpoint.convert.manifest import MANIFEST
 from r1_megatron.cli import main
-from r1_megatron.config.schema import ModelConfig
 from tests.rank_pool import RankPool
-from tests.unit.checkpoint.variants import MODELS
+from tests.unit.checkpoint.variants import FP8_MODEL, MODELS
 from tools.make_checkpoint import make_checkpoint
 
 # Slices of a few hundred elements, so that small tensors have many of them.
 QUIET = Resources(workers=2, quiet=True)
-# Wider than a block in every direction, and no multiple of it.
-FP8_MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=136,
-    ffn_hidden_size=300,
-    moe_ffn_hidden_size=130,
-    moe_shared_expert_intermediate_size=130,
-    num_attention_heads=2,
-    q_lora_rank=140,
-    kv_lora_rank=48,
-    num_moe_experts=4,
-    moe_router_num_groups=2,
-    moe_router_group_topk=1,
-    moe_router_topk=2,
-    vocab_size=67,
-    mtp_num_layers=1,
-)
 
 
 @pytest.fixture(autouse=True)

@@ -40,6 +40,24 @@ MODELS = {
     "llama_bias": replace(DENSE, architecture="llama", head_dim=10, attention_bias=True, num_query_groups=None),
 }
 
+# Matrices of more than one block, in no direction a whole number of them.
+FP8_MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=136,
+    ffn_hidden_size=300,
+    moe_ffn_hidden_size=130,
+    moe_shared_expert_intermediate_size=130,
+    num_attention_heads=2,
+    q_lora_rank=140,
+    kv_lora_rank=48,
+    num_moe_experts=4,
+    moe_router_num_groups=2,
+    moe_router_group_topk=1,
+    moe_router_topk=2,
+    vocab_size=67,
+    mtp_num_layers=1,
+)
+
 
 def transformers_model(model: ModelConfig, **options: Any) -> PreTrainedModel:
     """Transformers' model of this shape, in words of its own, on the device that is current."""
