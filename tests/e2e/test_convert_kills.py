@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -33,6 +34,13 @@ TIMEOUT_S = 120
 def start(*arguments: str | Path, **options) -> subprocess.Popen[str]:
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def small_pieces(patch: pytest.MonkeyPatch) -> None:
+    """In this process what ``COMMAND`` does in its own."""
+    patch.setattr("r1_megatron.checkpoint.convert.importing.PART_BYTES", 50_000)
+    patch.setattr("r1_megatron.checkpoint.convert.exporting.UNIT_BYTES", 30_000)
+    patch.setattr("r1_megatron.checkpoint.convert.work._MAX_ELEMENTS", 2000)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -68,11 +76,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "checkpoint"
-    patch = pytest.MonkeyPatch()
-    patch.setattr("r1_megatron.checkpoint.convert.importing.PART_BYTES", 50_000)
-    patch.setattr("r1_megatron.checkpoint.convert.work._MAX_ELEMENTS", 2000)
-    from_hugging_face(source, folder, ImportOptions(), QUIET)
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        small_pieces(patch)
+        from_hugging_face(source, folder, ImportOptions(), QUIET)
     return folder
 
 
@@ -125,6 +131,46 @@ def test_a_killed_worker_ends_the_conversion_with_its_reason(source: Path, check
     assert not target.exists() and journal(target)
     assert finish(start("from-hf", source, target))[0] == 0
     assert files_of(target) == files_of(checkpoint)
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_after_a_restart_of_the_machine_outputs_are_hashed(
+    source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bool
+) -> None:
+    """The journal of another boot: what is whole on the disk is kept, what was lost with the memory is done again."""
+    small_pieces(monkeypatch)
+    for kind, convert in (
+        ("from-hf", lambda: from_hugging_face(source, tmp_path / "from-hf", ImportOptions(), QUIET)),
+        ("to-hf", lambda: to_hugging_face(checkpoint, tmp_path / "to-hf", ExportOptions(), QUIET)),
+    ):
+        target = tmp_path / kind
+        process = start(kind, source if kind == "from-hf" else checkpoint, target, "--workers", "1")
+        wait_for_units(process, target, 3)
+        process.kill()
+        process.communicate()
+        kept = journal(target)
+        content = target.with_name(kind + ".partial") / "content"
+        if damage:
+            lost = content / kept[0] if kind == "from-hf" else sorted(content.glob("*.safetensors"))[0]
+            data = lost.read_bytes()
+            head = 8 + int.from_bytes(data[:8], "little") if kind == "to-hf" else 0
+            lost.write_bytes(data[:head] + bytes(len(data) - head))
+        adopted: list[str] = []
+        adopt = Partial.adopt
+
+        def spy(self: Partial, unit: str, *rest: Any, adopt: Any = adopt, adopted: list[str] = adopted) -> bool:
+            found = adopt(self, unit, *rest)
+            adopted.extend([unit] * found)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr("r1_megatron.checkpoint.convert.journal._boot", lambda: "another one")
+            patch.setattr(Partial, "adopt", spy)
+            convert()
+        assert set(adopted) <= set(kept)
+        assert (len(adopted) == len(kept)) == (not damage)
+    assert files_of(tmp_path / "from-hf") == files_of(checkpoint)
+    assert files_of(tmp_path / "to-hf") == files_of(source)
 
 
 def test_no_room(source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,12 @@ class ExportUnit:
         return place.file if place else ""
 
     @property
+    def places(self) -> dict[str, StoredTensor]:
+        """Where its tensors and their scales are written, by name."""
+        places = ((tensor.place, tensor.scale_place) for tensor in self.tensors)
+        return {place.name: place for pair in places for place in pair if place is not None}
+
+    @property
     def sources(self) -> list[str]:
         """The files that are read."""
         pieces = (piece for tensor in self.tensors for part in tensor.parts for piece in part)
@@ -201,7 +207,6 @@ class ExportWorker:
             for tensor in unit.tensors:
                 lines += self._tensor(files, reader, tensor)
             reader.close()
-            files.sync()
         finally:
             reader.abandon()
             files.close()

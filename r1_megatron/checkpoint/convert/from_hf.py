@@ -21,7 +21,7 @@ import yaml
 from r1_megatron.checkpoint.convert.importing import ImportUnit, plan_units
 from r1_megatron.checkpoint.convert.journal import Partial
 from r1_megatron.checkpoint.convert.manifest import MANIFEST, read_manifest, verify, write_manifest
-from r1_megatron.checkpoint.convert.work import DTYPES, Resources, check_room, check_target, do_units
+from r1_megatron.checkpoint.convert.work import DTYPES, Resources, check_room, check_target, do_units, tensors_are
 from r1_megatron.checkpoint.files.safetensors import (
     INDEX,
     TORCH_DTYPES,
@@ -37,7 +37,7 @@ from r1_megatron.checkpoint.files.torch_dist import StoredChunk, StoredKey
 from r1_megatron.checkpoint.files.torch_dist_writing import import_metadata_classes, write_metadata
 from r1_megatron.checkpoint.hugging_face.config import is_fp8, model_from_hf
 from r1_megatron.checkpoint.hugging_face.origin import ORIGIN, SCALES, collect_origin, read_config, write_origin
-from r1_megatron.checkpoint.integrity import files_in, hash_file
+from r1_megatron.checkpoint.integrity import changed_checksum, files_in, hash_file
 from r1_megatron.checkpoint.matching import Match, match_tensors
 from r1_megatron.checkpoint.naming import Entry, entries
 from r1_megatron.config.schema import ModelConfig
@@ -112,9 +112,16 @@ def from_hugging_face(
             is_whole = path.is_file() and path.stat().st_size == result["file"]["bytes"]
             return is_whole and not (fresh and units[part].scale_places)
 
+        def is_intact(part: str, result: Any) -> bool:
+            if changed_checksum(content / part, result["file"]):
+                return False
+            return tensors_are(units[part].scale_places, result["tensors"])
+
         written = sum(path.stat().st_size for path in content.rglob("*") if path.is_file())
         check_room(partial.folder, output_bytes(units.values()) - written)
-        progress = do_units(partial, units, is_there, resources, len(weights.tensors), import_metadata_classes)
+        progress = do_units(
+            partial, units, is_there, is_intact, resources, len(weights.tensors), import_metadata_classes
+        )
         results = {part: partial.done[part] for part in units}
         lines = [line for result in results.values() for line in result["tensors"]]
         _check_against_manifest(source, lines)

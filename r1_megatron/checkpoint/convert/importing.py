@@ -241,7 +241,6 @@ class ImportWorker:
                 line["source"]["sha256"] = read[name].hexdigest()
             for copy, original in unit.copies:
                 self._compare(files, copy, original)
-            files.sync()
             num_bytes, crc32 = writer.close()
         finally:
             writer.abandon()

@@ -1,9 +1,12 @@
 """An output folder that exists whole or not at all, and work on it that a kill only interrupts.
 
 Everything is written under ``TARGET.partial/content``; ``TARGET.partial/journal.jsonl`` says for which conversion, and
-has one line for every finished unit, written after the unit's files are on the disk. The end is one rename. Whoever
-finds a ``TARGET`` finds a complete one; whoever finds a ``TARGET.partial`` goes on with it, if it is the same
-conversion of the same files.
+has one line for every finished unit. The end is one rename, after everything has reached the disk. Whoever finds a
+``TARGET`` finds a complete one; whoever finds a ``TARGET.partial`` goes on with it, if it is the same conversion of the
+same files.
+
+What a killed process wrote is safe with the kernel, so nothing waits for the disk before the end. A journal from before
+a restart of the machine, or from another machine, is believed after the unit's output was hashed.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -110,18 +114,31 @@ class Partial:
             )
         self._units = {entry["unit"]: entry for entry in entries[1:]}
 
-    def adopt(self, unit: str, sources: list[str], is_there: Callable[[Any], bool]) -> bool:
-        """Whether a unit is finished: it is in the journal, its sources have not changed, its output is there."""
+    def adopt(
+        self,
+        unit: str,
+        sources: list[str],
+        is_there: Callable[[Any], bool],
+        is_intact: Callable[[Any], bool] = lambda result: False,
+    ) -> bool:
+        """Whether a unit is finished: it is in the journal, its sources have not changed, its output is there.
+
+        Args:
+            is_there: of a unit's result, by the looks of its files.
+            is_intact: of a unit's result, by their bytes; asked where the kernel that took them is gone.
+        """
         entry = self._units.get(unit)
         if entry is None or entry["sources"] != _stamps(sources) or not is_there(entry["result"]):
+            return False
+        if entry["boot"] != _boot() and not is_intact(entry["result"]):
             return False
         self.done[unit] = entry["result"]
         return True
 
     def record(self, unit: str, sources: list[str], result: Any) -> None:
-        """A unit is finished; its files are on the disk."""
+        """A unit is finished; its files are written."""
         self.done[unit] = result
-        _append(self._journal, {"unit": unit, "sources": _stamps(sources), "result": result})
+        _append(self._journal, {"unit": unit, "boot": _boot(), "sources": _stamps(sources), "result": result})
 
     def finish(self) -> None:
         """The content becomes the target.
@@ -161,7 +178,12 @@ def hold(lock: str | Path) -> int:
 def _append(journal: TextIO, entry: dict[str, Any]) -> None:
     journal.write(json.dumps(entry, separators=(",", ":")) + "\n")
     journal.flush()
-    os.fsync(journal.fileno())
+
+
+def _boot() -> str:
+    """Changes with every start of the machine, and from machine to machine."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else uuid.uuid4().hex
 
 
 def _stamps(files: list[str]) -> dict[str, list[int]]:

@@ -36,7 +36,7 @@ from r1_megatron.checkpoint.convert.shards import (
     plan_shards,
     read_source,
 )
-from r1_megatron.checkpoint.convert.work import Resources, check_room, check_target, do_units
+from r1_megatron.checkpoint.convert.work import Resources, check_room, check_target, do_units, tensors_are
 from r1_megatron.checkpoint.files.safetensors import (
     INDEX,
     SINGLE,
@@ -100,10 +100,12 @@ def to_hugging_face(
         }
 
         def is_there(name: str, result: Any) -> bool:
-            places = [place for tensor in units[name].tensors for place in (tensor.place, tensor.scale_place) if place]
-            return not any(place.file in fresh for place in places)
+            return not any(place.file in fresh for place in units[name].places.values())
 
-        progress = do_units(partial, units, is_there, resources, len(tensors))
+        def is_intact(name: str, result: Any) -> bool:
+            return tensors_are(units[name].places, result["tensors"])
+
+        progress = do_units(partial, units, is_there, is_intact, resources, len(tensors))
         _write_small_files(checkpoint, content, config, headers, source, shards)
         lines = [line for name in units for line in partial.done[name]["tensors"]]
         head = {"conversion": "to-hf", "source": str(checkpoint), "options": identity["options"]}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from r1_megatron.checkpoint.convert.exporting import ExportUnit
 from r1_megatron.checkpoint.convert.importing import ImportUnit
 from r1_megatron.checkpoint.convert.journal import Partial
 from r1_megatron.checkpoint.convert.progress import Progress
+from r1_megatron.checkpoint.convert.values import Buffer, hash_tensor
 from r1_megatron.checkpoint.convert.workers import WorkerSetup, run_units
+from r1_megatron.checkpoint.files.safetensors import StoredTensor, TensorFiles
 
 # Dtypes by the command line's words.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -111,11 +114,17 @@ def do_units(
     partial: Partial,
     units: Mapping[str, ImportUnit | ExportUnit],
     is_there: Callable[[str, Any], bool],
+    is_intact: Callable[[str, Any], bool],
     resources: Resources,
     num_tensors: int,
     meanwhile: Callable[[], None] | None = None,
 ) -> Progress:
-    """All units that are not finished yet; results are in ``partial.done``. ``meanwhile`` is called while they run.
+    """All units that are not finished yet; results are in ``partial.done``.
+
+    Args:
+        is_there: whether the output of a unit (by name, of this result) is there, by the looks of it.
+        is_intact: the same, by its bytes; asked after a restart of the machine.
+        meanwhile: is called while they run.
 
     Raises:
         ValueError, OSError: what a unit met. What is finished is kept.
@@ -124,7 +133,7 @@ def do_units(
     todo = [
         (name, unit)
         for name, unit in units.items()
-        if not partial.adopt(name, unit.sources, lambda result, name=name: is_there(name, result))
+        if not partial.adopt(name, unit.sources, functools.partial(is_there, name), functools.partial(is_intact, name))
     ]
     total = sum(unit.num_bytes for unit in units.values())
     left = sum(unit.num_bytes for _, unit in todo)
@@ -143,6 +152,18 @@ def do_units(
     finally:
         progress.close()
     return progress
+
+
+def tensors_are(places: Mapping[str, StoredTensor], lines: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether every tensor has the bytes that its line of the manifest tells, in its place."""
+    files, buffer = TensorFiles(), Buffer()
+    hashes = {line["name"]: line["sha256"] for line in lines}
+    try:
+        return all(hash_tensor(files, place, buffer, lambda _: None) == hashes[name] for name, place in places.items())
+    except ValueError:  # too short
+        return False
+    finally:
+        files.close()
 
 
 def _in_turn(todo: list[tuple[str, Any]]) -> list[tuple[str, Any]]:

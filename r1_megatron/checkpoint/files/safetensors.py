@@ -263,11 +263,6 @@ class TensorFiles:
             part = data[done : done + CALL_BYTES]
             done += os.pwrite(self._writing[tensor.file], part, tensor.start + start + done)
 
-    def sync(self) -> None:
-        """What was written is on the disk."""
-        for descriptor in self._writing.values():
-            os.fsync(descriptor)
-
     def close(self) -> None:
         """Let go of all files."""
         for descriptor in (*self._reading.values(), *self._writing.values()):
