@@ -1,10 +1,10 @@
 """How fast the converter is against ``cp`` of the same bytes, and how much memory all its processes take together.
 
-    python tools/bench_convert.py                     # 7 GB: DeepSeek-V3's width in FP8, few layers; 25 GB of disk
+    python tools/bench_convert.py                     # 6 GB: DeepSeek-V3's width in FP8, few layers; 20 GB of disk
     python tools/bench_convert.py --rounds 1 -- --preset tiny num_layers=4
 
-In turn, on one disk: copy the source, convert it, copy the source, convert back; the medians count. A conversion is
-timed from the start of its process to its end, with its files on the disk. ``cp`` leaves its in the page cache, so
+In turn, on one disk: copy the source, convert it, copy the checkpoint, convert it back; the medians count. A conversion
+is timed from the start of its process to its end, with its files on the disk. ``cp`` leaves its in the page cache, so
 it is also timed with the ``sync`` that makes it equal. ``ratio`` is cp's seconds divided by ours. At the end the files
 that came back are compared with the source.
 
@@ -123,7 +123,12 @@ def main() -> int:
     source, checkpoint, back, copied = (folder / name for name in ("source", "checkpoint", "back", "copied"))
     folder.mkdir(parents=True, exist_ok=True)
     if not source.exists():
-        make = [sys.executable, str(ROOT / "tools" / "make_checkpoint.py"), str(source), *arguments.make]
+        make = [
+            sys.executable,
+            str(ROOT / "tools" / "make_checkpoint.py"),
+            str(source),
+            *(arguments.make or ["--no-repeats"]),
+        ]
         subprocess.run(make, check=True, env=ENVIRONMENT)
     bare = bare_interpreter()
     options = ["--quiet", "--workers", arguments.workers, "--max-memory", arguments.max_memory]
@@ -131,7 +136,7 @@ def main() -> int:
     for number in range(arguments.rounds):
         for kind, here, there in (("from-hf", source, checkpoint), ("to-hf", checkpoint, back)):
             shutil.rmtree(there, ignore_errors=True)
-            cp, cp_sync = copy(source, copied)
+            cp, cp_sync = copy(here, copied)
             convert = [sys.executable, "-m", "r1_megatron.cli", "convert", kind, str(here), str(there), *options]
             seconds, peak = timed(convert, watch=True)
             figures = {"cp": cp, "cp_sync": cp_sync, "seconds": seconds, "memory": max(0, peak - bare)}
@@ -142,7 +147,7 @@ def main() -> int:
     rows, figures = [], {}
     for kind, values in found.items():
         middle = {name: statistics.median(each) for name, each in values.items()}
-        size = num_bytes(source)
+        size = num_bytes(source if kind == "from-hf" else checkpoint)
         figures[kind] = {**middle, "bytes": size, "memory": max(values["memory"])}
         figures[kind] |= {
             "ratio": middle["cp"] / middle["seconds"],

@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--preset", default="deepseek_v3_671b", choices=PRESETS)
     parser.add_argument("--dtype", default="fp8", choices=DTYPES)
     parser.add_argument("--fused", action="store_true", help="experts in two tensors a layer")
+    parser.add_argument("--no-repeats", action="store_true", help="without an MTP layer's copies of embedding and head")
     parser.add_argument("--max-shard-size", default="5GB", type=parse_size)
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("field", nargs="*", metavar="field=value", help="of the model, e.g. num_layers=2")
@@ -169,7 +170,13 @@ def main() -> None:
         model = replace(model, **V3_SLICE)
     model = replace(model, **{name: json.loads(value) for name, value in (f.split("=", 1) for f in arguments.field)})
     folder = make_checkpoint(
-        arguments.folder, model, arguments.dtype, arguments.max_shard_size, arguments.fused, seed=arguments.seed
+        arguments.folder,
+        model,
+        arguments.dtype,
+        arguments.max_shard_size,
+        arguments.fused,
+        not arguments.no_repeats,
+        seed=arguments.seed,
     )
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size / 1e9:.2f} GB")
