@@ -23,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
 
 from r1_megatron.checkpoint.convert.work import parse_size
+from r1_megatron.checkpoint.files.dtypes import item_size
 from r1_megatron.checkpoint.files.safetensors import (
     INDEX,
     SINGLE,
@@ -30,7 +31,6 @@ from r1_megatron.checkpoint.files.safetensors import (
     TensorFiles,
     build_index,
     create_file,
-    item_size,
 )
 from r1_megatron.checkpoint.hugging_face.config import hf_from_model
 from r1_megatron.checkpoint.matching import SCALE_SUFFIX, scale_shape

@@ -26,11 +26,15 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from r1_megatron.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
@@ -65,7 +69,7 @@ class Entry:
         expert: place on the leading axis of that key; ``None`` for a tensor that has the key to itself.
         shape: without that axis; a vocabulary's without padding.
         rows: in the order of the tensor's own rows; their lengths add up to ``shape[0]``.
-        dtype: ``None`` for the dtype of the weights; float32 for what is never rounded (selection biases).
+        dtype: ``None`` for the dtype of the weights; ``"F32"`` for what is never rounded (selection biases).
     """
 
     name: str
@@ -73,7 +77,7 @@ class Entry:
     expert: int | None
     shape: tuple[int, ...]
     rows: tuple[Rows, ...]
-    dtype: torch.dtype | None = None
+    dtype: str | None = None
 
 
 def entries(model: ModelConfig, rope_interleave: bool = True) -> list[Entry]:
@@ -149,20 +153,20 @@ def ignored(name: str) -> bool:
     return _IGNORED.fullmatch(name) is not None
 
 
-def halves_to_pairs(rows: torch.Tensor) -> torch.Tensor:
+def halves_to_pairs(rows: Array) -> Array:
     """Rotary rows ``[n, ...]`` of one head from two halves into pairs: row ``2i`` was ``i``, ``2i + 1`` was n/2 + i."""
-    return rows.reshape(2, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+    return rows.reshape(2, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
 
 
-def pairs_to_halves(rows: torch.Tensor) -> torch.Tensor:
+def pairs_to_halves(rows: Array) -> Array:
     """The inverse of :func:`halves_to_pairs`."""
-    return rows.reshape(-1, 2, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+    return rows.reshape(-1, 2, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
-def _same(megatron: str, hugging_face: str, *shape: int, dtype: torch.dtype | None = None) -> Entry:
+def _same(megatron: str, hugging_face: str, *shape: int, dtype: str | None = None) -> Entry:
     """A tensor that is another's renaming."""
     return Entry(megatron, megatron, None, shape, (Rows(hugging_face, 0, shape[0]),), dtype)
 
@@ -251,7 +255,7 @@ def _grouped_attention(model: ModelConfig) -> Iterator[Entry]:
 def _experts(model: ModelConfig) -> Iterator[Entry]:
     hidden, num = model.hidden_size, model.num_moe_experts
     yield _same("mlp.router.weight", "mlp.gate.weight", num, hidden)
-    yield _same("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", num, dtype=torch.float32)
+    yield _same("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", num, dtype="F32")
     if model.moe_shared_expert_intermediate_size:
         width = model.moe_shared_expert_intermediate_size
         yield from _gated_mlp("mlp.shared_experts", "mlp.shared_experts", width, hidden)

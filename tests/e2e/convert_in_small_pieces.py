@@ -21,9 +21,9 @@ def main_in_small_pieces() -> int:
     work._MAX_ELEMENTS = 2000
     record = Partial.record
 
-    def record_slowly(self: Partial, unit: str, sources: list[str], result: Any) -> None:
+    def record_slowly(self: Partial, *unit: Any) -> None:
         time.sleep(0.03)
-        record(self, unit, sources, result)
+        record(self, *unit)
 
     Partial.record = record_slowly  # type: ignore[method-assign]
     return main(["convert", *sys.argv[1:]])

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from r1_megatron.checkpoint.convert.values import Buffer, hash_tensor
 from r1_megatron.checkpoint.files.safetensors import StoredTensor, TensorFiles
-from r1_megatron.checkpoint.integrity import changed_checksum
+from r1_megatron.checkpoint.integrity import hash_file
 
 
 @dataclass(frozen=True)
 class CheckUnit:
-    """Files to compare with their listed checksums (see ``integrity.py``), by absolute path; tensors to hash."""
+    """Files, by absolute path, and tensors to hash."""
 
-    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
     tensors: tuple[StoredTensor, ...] = ()
 
     @property
@@ -25,11 +25,9 @@ class CheckUnit:
         return sum(os.path.getsize(file) for file in self.files) + sum(tensor.num_bytes for tensor in self.tensors)
 
 
-def group_checks(
-    files: Mapping[str, Mapping[str, Any]], tensors: list[StoredTensor], unit_bytes: int = 256 << 20
-) -> list[CheckUnit]:
+def group_checks(files: list[str], tensors: list[StoredTensor], unit_bytes: int = 256 << 20) -> list[CheckUnit]:
     """Units of about ``unit_bytes``; a file is one piece of work."""
-    units = [CheckUnit(files={file: listed}) for file, listed in files.items()]
+    units = [CheckUnit(files=(file,)) for file in files]
     group: list[StoredTensor] = []
     for tensor in tensors:
         group.append(tensor)
@@ -47,15 +45,15 @@ class CheckWorker:
         self._buffer = Buffer()
 
     def run(self, unit: CheckUnit) -> dict[str, Any]:
-        """``{"files": {path: name of the checksum that differs}, "tensors": {name: sha256}}``."""
+        """``{"files": {path: sha256}, "tensors": {name: sha256}}``."""
         open_files = TensorFiles()
         try:
             tensors = {t.name: hash_tensor(open_files, t, self._buffer, self._progress) for t in unit.tensors}
         finally:
             open_files.close()
-        changed = {}
-        for file, listed in unit.files.items():
-            if kind := changed_checksum(file, listed):
-                changed[file] = kind
-            self._progress(listed["bytes"])
-        return {"files": changed, "tensors": tensors}
+        files = {}
+        for file in unit.files:
+            hashed = hash_file(file)
+            files[file] = hashed["sha256"]
+            self._progress(hashed["bytes"])
+        return {"files": files, "tensors": tensors}

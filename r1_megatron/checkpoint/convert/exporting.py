@@ -13,26 +13,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 
-from r1_megatron.checkpoint.convert.values import (
-    Buffer,
-    TensorHash,
-    all_finite,
-    bytes_of,
-    cast,
-    first_problem,
-    rows_of,
-)
-from r1_megatron.checkpoint.files.safetensors import DTYPE_NAMES, StoredTensor, TensorFiles
+from r1_megatron.checkpoint.convert.importing import read_scales
+from r1_megatron.checkpoint.convert.values import Buffer, TensorHash, all_finite, bytes_of, first_problem
+from r1_megatron.checkpoint.files.dtypes import FP8, TORCH_NAMES, item_size
+from r1_megatron.checkpoint.files.safetensors import StoredTensor, TensorFiles
 from r1_megatron.checkpoint.files.torch_dist import RowReader, StoredChunk, StoredKey
-from r1_megatron.checkpoint.fp8 import BLOCK, quantize
-from r1_megatron.checkpoint.matching import SCALE_SUFFIX, scale_shape
+from r1_megatron.checkpoint.matching import FP8_BLOCK, SCALE_SUFFIX, scale_shape
 from r1_megatron.checkpoint.naming import VOCABULARY, Entry, pairs_to_halves
 
 # What one worker does alone, and a killed conversion does again.
 UNIT_BYTES = 128 << 20
-FP8 = torch.float8_e4m3fn
 
 
 class Piece(NamedTuple):
@@ -64,7 +56,7 @@ class ExportTensor:
     """
 
     name: str
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     parts: tuple[tuple[Piece, ...], ...]
     scales: tuple[StoredTensor, ...] = ()
@@ -80,7 +72,12 @@ class ExportTensor:
     @property
     def num_bytes(self) -> int:
         """Bytes to read."""
-        return math.prod(self.shape) * self.stored.dtype.itemsize
+        return math.prod(self.shape) * item_size(self.stored.dtype)
+
+    @property
+    def is_quantized(self) -> bool:
+        """It is made FP8 here."""
+        return self.dtype == FP8 and self.stored.dtype != FP8
 
 
 @dataclass(frozen=True)
@@ -95,10 +92,14 @@ class ExportUnit:
         return sum(tensor.num_bytes for tensor in self.tensors)
 
     @property
-    def output(self) -> str:
-        """The file that its first tensor is written to."""
-        place = self.tensors[0].place
-        return place.file if place else ""
+    def computes(self) -> bool:
+        """Whether more is done than moving bytes."""
+        return any(tensor.dtype != tensor.stored.dtype for tensor in self.tensors)
+
+    @property
+    def outputs(self) -> list[str]:
+        """The files that are written, that of its first tensor first; none, if it is only hashed."""
+        return list(dict.fromkeys(place.file for place in self.places.values()))
 
     @property
     def places(self) -> dict[str, StoredTensor]:
@@ -183,16 +184,21 @@ class _Written:
     """What has been made of a tensor so far."""
 
     digest: TensorHash = field(default_factory=TensorHash)
-    scales: list[torch.Tensor] = field(default_factory=list)
+    scales: list[np.ndarray] = field(default_factory=list)
 
 
 class ExportWorker:
-    """Does units, one after the other, with the same memory for all of them."""
+    """Does units, one after the other, with the same memory for all of them.
 
-    def __init__(self, max_elements: int, progress: Callable[[int], None]) -> None:
-        self._max_elements = max_elements
+    Args:
+        max_elements: of a slice that is to be quantised.
+        block_bytes: what else is read, checked and written at a time.
+    """
+
+    def __init__(self, max_elements: int, block_bytes: int, progress: Callable[[int], None]) -> None:
+        self._max_elements, self._block_bytes = max_elements, block_bytes
         self._progress = progress
-        self._slice, self._output, self._head = Buffer(), Buffer(), Buffer()
+        self._slice, self._head = Buffer(), Buffer()
 
     def run(self, unit: ExportUnit) -> dict[str, Any]:
         """Write the unit's tensors into their places; answers the manifest's lines of them.
@@ -215,18 +221,20 @@ class ExportWorker:
     def _tensor(self, files: TensorFiles, reader: RowReader, tensor: ExportTensor) -> list[dict[str, Any]]:
         written = _Written()
         scales = None
-        quantizes = tensor.dtype == FP8 and tensor.stored.dtype != FP8
+        # Where a sha256 will be compared, here or by the caller, no CRC is needed.
+        check = tensor.sha256 is None and tensor.place is not None
         for number, part in enumerate(tensor.parts):
             if tensor.scales:
-                scales = self._scales(files, tensor.scales[number])
+                scales = read_scales(files, tensor.scales[number])
             height = part[-1].stop
             width = math.prod(tensor.shape[1:] if len(tensor.parts) == 1 else tensor.shape[2:])
-            step = max(1, self._max_elements // max(1, width))
-            if quantizes:
-                step = max(BLOCK, step // BLOCK * BLOCK)
+            row_bytes = width * item_size(tensor.stored.dtype)
+            step = max(1, self._block_bytes // max(1, row_bytes))
+            if tensor.is_quantized:
+                step = max(FP8_BLOCK, self._max_elements // width // FP8_BLOCK * FP8_BLOCK)
             for start in range(0, height, step):
-                values = self._slice.tensor(part[0].stored.dtype, min(step, height - start), width)
-                self._gather(reader, part, start, values, tensor.sha256 is None)
+                values = self._slice.rows(min(step, height - start), row_bytes)
+                self._gather(reader, part, start, values, check)
                 self._check(tensor, part, values, start)
                 self._write(files, tensor, self._converted(tensor, values, scales, start, written), written)
                 self._progress(values.nbytes)
@@ -237,14 +245,7 @@ class ExportWorker:
             )
         return self._lines(files, tensor, scales, written)
 
-    def _scales(self, files: TensorFiles, stored: StoredTensor) -> torch.Tensor:
-        scales = torch.empty(stored.shape, dtype=torch.float32)
-        files.read(stored, 0, bytes_of(scales))
-        if not all_finite(scales):
-            raise ValueError(f"{stored.file}: {stored.name}: {first_problem(scales, 0)}. Scales have to be finite.")
-        return scales
-
-    def _gather(self, reader: RowReader, part: Sequence[Piece], first: int, values: torch.Tensor, check: bool) -> None:
+    def _gather(self, reader: RowReader, part: Sequence[Piece], first: int, values: np.ndarray, check: bool) -> None:
         """Rows ``first ...`` of a part, as many as ``values`` has, from wherever they are."""
         stop = first + len(values)
         for piece in part:
@@ -253,57 +254,55 @@ class ExportWorker:
                 continue
             target = values[low - first : high - first]
             if not piece.halves:
-                reader.read(piece.stored, piece.expert, piece.first + low - piece.start, rows_of(target), check)
+                reader.read(piece.stored, piece.expert, piece.first + low - piece.start, target, check)
                 continue
             # Its pairs can only be told apart when all of them are there.
-            head = self._head.tensor(values.dtype, piece.stop - piece.start, values.shape[1])
-            reader.read(piece.stored, piece.expert, piece.first, rows_of(head), check)
-            target.copy_(pairs_to_halves(head)[low - piece.start : high - piece.start])
+            head = self._head.rows(piece.stop - piece.start, values.shape[1])
+            reader.read(piece.stored, piece.expert, piece.first, head, check)
+            target[:] = pairs_to_halves(head)[low - piece.start : high - piece.start]
 
-    def _check(self, tensor: ExportTensor, part: Sequence[Piece], values: torch.Tensor, first: int) -> None:
-        if not all_finite(values):
+    def _check(self, tensor: ExportTensor, part: Sequence[Piece], values: np.ndarray, first: int) -> None:
+        if not all_finite(values, tensor.stored.dtype):
+            problem = first_problem(values, tensor.stored.dtype, first)
             raise ValueError(
-                f"{_files_of([part])}: {part[0].stored.key} ({tensor.name}): {first_problem(values, first)}. Weights "
-                "have to be finite; export an earlier checkpoint."
+                f"{_files_of([part])}: {part[0].stored.key} ({tensor.name}): {problem}. Weights have to be finite; "
+                "export an earlier checkpoint."
             )
 
     def _converted(
-        self,
-        tensor: ExportTensor,
-        values: torch.Tensor,
-        scales: torch.Tensor | None,
-        first: int,
-        written: _Written,
-    ) -> torch.Tensor:
+        self, tensor: ExportTensor, values: np.ndarray, scales: np.ndarray | None, first: int, written: _Written
+    ) -> np.ndarray:
         """A slice as it is to be written."""
-        if tensor.dtype == values.dtype:
+        there = tensor.stored.dtype
+        if tensor.dtype == there:
             return values
-        if tensor.dtype == FP8:
-            blocks = slice(first // BLOCK, -(-(first + len(values)) // BLOCK))
-            codes, new = quantize(values, None if scales is None else scales[blocks])
+        from r1_megatron.checkpoint.convert.arithmetic import cast, quantize_rows
+
+        if tensor.is_quantized:
+            blocks = slice(first // FP8_BLOCK, -(-(first + len(values)) // FP8_BLOCK))
+            codes, new = quantize_rows(values, there, None if scales is None else scales[blocks])
             written.scales.append(new)
             return codes
-        kept = scales if values.dtype == FP8 else None
-        output = self._output.tensor(tensor.dtype, *values.shape)
-        output.copy_(cast(values, tensor.dtype, kept, first))
-        if not all_finite(output):
-            raise ValueError(f"{tensor.name}: as {tensor.dtype}, {first_problem(output, first)}: out of its range.")
+        output = cast(values, there, tensor.dtype, scales if there == FP8 else None, first)
+        if not all_finite(output, tensor.dtype):
+            problem = first_problem(output, tensor.dtype, first)
+            raise ValueError(f"{tensor.name}: as {TORCH_NAMES[tensor.dtype]}, {problem}: out of its range.")
         return output
 
-    def _write(self, files: TensorFiles, tensor: ExportTensor, output: torch.Tensor, written: _Written) -> None:
+    def _write(self, files: TensorFiles, tensor: ExportTensor, output: np.ndarray, written: _Written) -> None:
         data = bytes_of(output)
         if tensor.place is not None:
             files.write(tensor.place, written.digest.num_bytes, data)
         written.digest.update(data)
 
     def _lines(
-        self, files: TensorFiles, tensor: ExportTensor, scales: torch.Tensor | None, written: _Written
+        self, files: TensorFiles, tensor: ExportTensor, scales: np.ndarray | None, written: _Written
     ) -> list[dict[str, Any]]:
         stored = tensor.stored
         source = {
             "key": stored.key,
             "expert": tensor.parts[0][0].expert if len(tensor.parts) == 1 else None,
-            "dtype": str(stored.dtype).removeprefix("torch."),
+            "dtype": TORCH_NAMES[stored.dtype],
             "files": _files_of(tensor.parts).split(", "),
         }
 
@@ -314,9 +313,9 @@ class ExportWorker:
             told = {"name": name, "shape": list(shape), "dtype": dtype, "sha256": digest, "file": file}
             return {**told, "source": source}
 
-        lines = [line(tensor.name, DTYPE_NAMES[tensor.dtype], tensor.shape, written.digest.hexdigest(), tensor.place)]
+        lines = [line(tensor.name, tensor.dtype, tensor.shape, written.digest.hexdigest(), tensor.place)]
         if written.scales:
-            scales = torch.cat(written.scales)
+            scales = np.concatenate(written.scales)
         if tensor.dtype == FP8 and scales is not None:
             assert tuple(scales.shape) == scale_shape(tensor.shape)
             digest = TensorHash()

@@ -15,16 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 
 from r1_megatron.checkpoint.convert.importing import ImportUnit, plan_units
 from r1_megatron.checkpoint.convert.journal import Partial
 from r1_megatron.checkpoint.convert.manifest import MANIFEST, read_manifest, verify, write_manifest
 from r1_megatron.checkpoint.convert.work import DTYPES, Resources, check_room, check_target, do_units, tensors_are
+from r1_megatron.checkpoint.files.dtypes import FP8, TORCH_NAMES, item_size
 from r1_megatron.checkpoint.files.safetensors import (
     INDEX,
-    TORCH_DTYPES,
     Header,
     StoredTensor,
     WeightFolder,
@@ -34,10 +33,10 @@ from r1_megatron.checkpoint.files.safetensors import (
     read_header,
 )
 from r1_megatron.checkpoint.files.torch_dist import StoredChunk, StoredKey
-from r1_megatron.checkpoint.files.torch_dist_writing import import_metadata_classes, write_metadata
+from r1_megatron.checkpoint.files.torch_dist_writing import write_metadata
 from r1_megatron.checkpoint.hugging_face.config import is_fp8, model_from_hf
 from r1_megatron.checkpoint.hugging_face.origin import ORIGIN, SCALES, collect_origin, read_config, write_origin
-from r1_megatron.checkpoint.integrity import changed_checksum, files_in, hash_file
+from r1_megatron.checkpoint.integrity import files_in, hash_file, is_whole
 from r1_megatron.checkpoint.matching import Match, match_tensors
 from r1_megatron.checkpoint.naming import Entry, entries
 from r1_megatron.config.schema import ModelConfig
@@ -113,15 +112,13 @@ def from_hugging_face(
             return is_whole and not (fresh and units[part].scale_places)
 
         def is_intact(part: str, result: Any) -> bool:
-            if changed_checksum(content / part, result["file"]):
-                return False
-            return tensors_are(units[part].scale_places, result["tensors"])
+            chunks = [(start, length) for _, _, _, start, length in result["chunks"]]
+            is_part_whole = all(is_whole(content / part, start, length) for start, length in chunks)
+            return is_part_whole and tensors_are(units[part].scale_places, result["tensors"])
 
         written = sum(path.stat().st_size for path in content.rglob("*") if path.is_file())
         check_room(partial.folder, output_bytes(units.values()) - written)
-        progress = do_units(
-            partial, units, is_there, is_intact, resources, len(weights.tensors), import_metadata_classes
-        )
+        progress = do_units(partial, units, is_there, is_intact, resources, len(weights.tensors))
         results = {part: partial.done[part] for part in units}
         lines = [line for result in results.values() for line in result["tensors"]]
         _check_against_manifest(source, lines)
@@ -145,9 +142,7 @@ def from_hugging_face(
 
 def _match(weights: WeightFolder, model: ModelConfig, source: Path) -> Match:
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    match = match_tensors(
-        shapes, model, [name for name, tensor in weights.tensors.items() if tensor.dtype == "F8_E4M3"]
-    )
+    match = match_tensors(shapes, model, [name for name, tensor in weights.tensors.items() if tensor.dtype == FP8])
     match.check(str(source))
     wrong = [f"{name} {weights.tensors[name].dtype}" for name in match.scales if weights.tensors[name].dtype != "F32"]
     if wrong:
@@ -156,7 +151,7 @@ def _match(weights: WeightFolder, model: ModelConfig, source: Path) -> Match:
 
 
 def _check_fp8(weights: WeightFolder, config: Mapping[str, Any], options: ImportOptions) -> None:
-    has_fp8 = any(tensor.dtype == "F8_E4M3" for tensor in weights.tensors.values())
+    has_fp8 = any(tensor.dtype == FP8 for tensor in weights.tensors.values())
     if has_fp8 != is_fp8(config):
         told = "quantization_config says FP8, but no tensor is" if is_fp8(config) else "its tensors are FP8, but"
         told += "" if is_fp8(config) else " quantization_config is missing"
@@ -173,13 +168,12 @@ def _check_fp8(weights: WeightFolder, config: Mapping[str, Any], options: Import
 def _dtype_rule(options: ImportOptions):
     """What an entry is stored as, of the entry and its dtype in the source."""
 
-    def dtype_of(entry: Entry, there: str) -> torch.dtype:
+    def dtype_of(entry: Entry, there: str) -> str:
         if entry.dtype is not None:
             return entry.dtype
         if options.dtype != "keep":
             return DTYPES[options.dtype]
-        dtype = TORCH_DTYPES[there]
-        return torch.bfloat16 if dtype == torch.float8_e4m3fn and options.fp8 == "dequantize" else dtype
+        return "BF16" if there == FP8 and options.fp8 == "dequantize" else there
 
     return dtype_of
 
@@ -216,7 +210,7 @@ def output_bytes(units: Iterable[ImportUnit]) -> int:
         elements = 1
         for size in tensor.entry.shape:
             elements *= size
-        total += elements * tensor.dtype.itemsize
+        total += elements * item_size(tensor.dtype)
     return total
 
 
@@ -291,7 +285,7 @@ def _write_description(
         "policy_version": 0,
         "model": asdict(model),
         "weights": {
-            "dtype": str(TORCH_DTYPES[main]).removeprefix("torch."),
+            "dtype": TORCH_NAMES[main],
             "fp8": {"keep": "kept", "dequantize": "dequantized"}[options.fp8] if has_scales else None,
         },
         "files": files,

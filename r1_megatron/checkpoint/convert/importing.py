@@ -12,17 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from r1_megatron.checkpoint.convert.values import (
-    Buffer,
-    TensorHash,
-    all_finite,
-    bytes_of,
-    cast,
-    first_problem,
-)
-from r1_megatron.checkpoint.files.safetensors import DTYPE_NAMES, TORCH_DTYPES, StoredTensor, TensorFiles
+from r1_megatron.checkpoint.convert.values import Buffer, TensorHash, all_finite, bytes_of, first_problem
+from r1_megatron.checkpoint.files.dtypes import TORCH_NAMES, WEIGHTS
+from r1_megatron.checkpoint.files.safetensors import CALL_BYTES, StoredTensor, TensorFiles
 from r1_megatron.checkpoint.files.torch_dist import StoredChunk
 from r1_megatron.checkpoint.files.torch_dist_writing import PartWriter
 from r1_megatron.checkpoint.matching import SCALE_SUFFIX
@@ -30,7 +24,6 @@ from r1_megatron.checkpoint.naming import Entry, Rows, fused_expert_name, halves
 
 # A part file is about this long. It is what a killed conversion does again, and what one worker does alone.
 PART_BYTES = 256 << 20
-_COMPARE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,9 +35,14 @@ class ImportTensor:
     """
 
     entry: Entry
-    dtype: torch.dtype
+    dtype: str
     sources: Mapping[str, StoredTensor]
     scales: Mapping[str, StoredTensor]
+
+    @property
+    def is_cast(self) -> bool:
+        """Its bytes do not stay as they are."""
+        return any(source.dtype != self.dtype for source in self.sources.values())
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,14 @@ class ImportUnit:
         return sum(tensor.num_bytes for tensor in tensors)
 
     @property
-    def output(self) -> str:
-        """The file that is written."""
-        return self.part
+    def computes(self) -> bool:
+        """Whether more is done than moving bytes."""
+        return any(tensor.is_cast for tensor in self.tensors)
+
+    @property
+    def outputs(self) -> list[str]:
+        """The files that are written, in the new folder or by absolute path."""
+        return [self.part, *sorted({place.file for place in self.scale_places.values()})]
 
     @property
     def sources(self) -> list[str]:
@@ -87,7 +90,7 @@ class ImportUnit:
 def plan_units(
     table: Iterable[Entry],
     tensors: Mapping[str, StoredTensor],
-    dtype_of: Callable[[Entry, str], torch.dtype],
+    dtype_of: Callable[[Entry, str], str],
     copies: Iterable[tuple[StoredTensor, StoredTensor]] = (),
     scale_places: Mapping[str, StoredTensor] | None = None,
 ) -> list[ImportUnit]:
@@ -104,7 +107,7 @@ def plan_units(
         ValueError: parts of one tensor have different dtypes, or one that holds no weights; all of them named.
     """
     planned, problems = [], []
-    stored_dtypes: dict[str, torch.dtype] = {}
+    stored_dtypes: dict[str, str] = {}
     for entry in table:
         try:
             tensor = _import_tensor(entry, tensors, dtype_of)
@@ -140,14 +143,14 @@ def plan_units(
 
 
 def _import_tensor(
-    entry: Entry, tensors: Mapping[str, StoredTensor], dtype_of: Callable[[Entry, str], torch.dtype]
+    entry: Entry, tensors: Mapping[str, StoredTensor], dtype_of: Callable[[Entry, str], str]
 ) -> ImportTensor:
     sources = {rows.name: source_of(rows.name, tensors) for rows in entry.rows}
     scales = {name: tensors[name + SCALE_SUFFIX] for name in sources if name + SCALE_SUFFIX in tensors}
     dtypes = {source.dtype for source in sources.values()}
-    if len(dtypes) > 1 or not dtypes <= set(TORCH_DTYPES):
+    if len(dtypes) > 1 or not dtypes <= set(WEIGHTS):
         told = ", ".join(f"{source.name} {source.dtype}" for source in sources.values())
-        raise ValueError(f"{told}: has to be one of {', '.join(TORCH_DTYPES)} for all")
+        raise ValueError(f"{told}: has to be one of {', '.join(WEIGHTS)} for all")
     return ImportTensor(entry, dtype_of(entry, dtypes.pop()), sources, scales)
 
 
@@ -204,13 +207,20 @@ def chunks_of(entry: Entry, max_elements: int) -> Iterator[tuple[int, list[Rows]
 
 
 class ImportWorker:
-    """Does units, one after the other, with the same memory for all of them."""
+    """Does units, one after the other, with the same memory for all of them.
 
-    def __init__(self, folder: str | Path, max_elements: int, progress: Callable[[int], None]) -> None:
+    Args:
+        max_elements: of a chunk, which is what a rank that loads the checkpoint reads at a time.
+        block_bytes: what is read, checked and written at a time.
+    """
+
+    def __init__(
+        self, folder: str | Path, max_elements: int, block_bytes: int, progress: Callable[[int], None]
+    ) -> None:
         self._folder = Path(folder)
-        self._max_elements = max_elements
+        self._max_elements, self._block_bytes = max_elements, block_bytes
         self._progress = progress
-        self._chunk, self._scratch = Buffer(), Buffer()
+        self._read, self._original = Buffer(), Buffer()
 
     def run(self, unit: ImportUnit) -> dict[str, Any]:
         """Write the unit's part file; answers its chunks, bytes, hashes and the manifest's lines of its tensors.
@@ -241,13 +251,12 @@ class ImportWorker:
                 line["source"]["sha256"] = read[name].hexdigest()
             for copy, original in unit.copies:
                 self._compare(files, copy, original)
-            num_bytes, crc32 = writer.close()
         finally:
-            writer.abandon()
+            writer.close()
             files.close()
         return {
             "chunks": chunks,
-            "file": {"bytes": num_bytes, "crc32": crc32},
+            "file": {"bytes": writer.num_bytes},
             "tensors": [*lines.values(), *self._scale_lines(unit, read)],
         }
 
@@ -256,7 +265,7 @@ class ImportWorker:
         files: TensorFiles,
         writer: PartWriter,
         tensor: ImportTensor,
-        scales: Mapping[str, torch.Tensor],
+        scales: Mapping[str, np.ndarray],
         read: dict[str, TensorHash],
         stored: dict[str, TensorHash],
     ) -> Iterator[StoredChunk]:
@@ -264,52 +273,52 @@ class ImportWorker:
         entry = tensor.entry
         for first, pieces in chunks_of(entry, self._max_elements):
             height = sum(rows.stop - rows.start for rows in pieces)
-            chunk = self._chunk.tensor(tensor.dtype, height, *entry.shape[1:])
-            at = 0
-            for rows in pieces:
-                part = chunk[at : at + rows.stop - rows.start]
-                self._rows(files, tensor, rows, part, scales.get(rows.name), read, stored)
-                at += len(part)
-            offsets = (first, *(0 for _ in entry.shape[1:]))
+            offsets, sizes = (first, *(0 for _ in entry.shape[1:])), (height, *entry.shape[1:])
             if entry.expert is not None:
-                chunk, offsets = chunk.unsqueeze(0), (entry.expert, *offsets)
-            yield writer.add(entry.key, offsets, chunk)
+                offsets, sizes = (entry.expert, *offsets), (1, *sizes)
+            blocks = (
+                block
+                for rows in pieces
+                for block in self._rows(files, tensor, rows, scales.get(rows.name), read, stored)
+            )
+            yield writer.add(tensor.dtype, offsets, sizes, blocks)
 
     def _rows(
         self,
         files: TensorFiles,
         tensor: ImportTensor,
         rows: Rows,
-        part: torch.Tensor,
-        scales: torch.Tensor | None,
+        scales: np.ndarray | None,
         read: dict[str, TensorHash],
         stored: dict[str, TensorHash],
-    ) -> None:
-        """One run of Hugging Face rows into its place ``part`` of a chunk."""
+    ) -> Iterator[memoryview]:
+        """One run of Hugging Face rows as it is to be stored, block by block."""
         source = tensor.sources[rows.name]
-        is_cast = TORCH_DTYPES[source.dtype] != tensor.dtype
-        values = self._scratch.tensor(TORCH_DTYPES[source.dtype], *part.shape) if is_cast else part
-        files.read(source, rows.start * source.row_bytes, bytes_of(values))
         where = f"{source.file}: {rows.name}"
-        if not all_finite(values):
-            raise ValueError(f"{where}: {first_problem(values, rows.start)}. Weights have to be finite.")
-        read.setdefault(source.name, TensorHash()).update(bytes_of(values))
-        if is_cast:
-            part.copy_(cast(values, tensor.dtype, scales, rows.start))
-            if not all_finite(part):
-                raise ValueError(f"{where}: as {tensor.dtype}, {first_problem(part, rows.start)}: out of its range.")
-            stored.setdefault(source.name, TensorHash()).update(bytes_of(part))
-        if rows.halves:
-            part.copy_(halves_to_pairs(part))
-        self._progress(values.nbytes)
+        # Rotary rows are reordered among themselves.
+        step = rows.stop - rows.start if rows.halves else max(1, self._block_bytes // source.row_bytes)
+        for start in range(rows.start, rows.stop, step):
+            values = self._read.rows(min(step, rows.stop - start), source.row_bytes)
+            files.read(source, start * source.row_bytes, bytes_of(values))
+            if not all_finite(values, source.dtype):
+                raise ValueError(f"{where}: {first_problem(values, source.dtype, start)}. Weights have to be finite.")
+            read.setdefault(source.name, TensorHash()).update(bytes_of(values))
+            num_bytes = values.nbytes
+            if tensor.is_cast:
+                from r1_megatron.checkpoint.convert.arithmetic import cast
+
+                values = cast(values, source.dtype, tensor.dtype, scales, start)
+                if not all_finite(values, tensor.dtype):
+                    problem = first_problem(values, tensor.dtype, start)
+                    raise ValueError(f"{where}: as {TORCH_NAMES[tensor.dtype]}, {problem}: out of its range.")
+                stored.setdefault(source.name, TensorHash()).update(bytes_of(values))
+            yield bytes_of(halves_to_pairs(values) if rows.halves else values)
+            self._progress(num_bytes)
 
     def _scales(
         self, files: TensorFiles, place: StoredTensor, unit: ImportUnit, read: dict[str, TensorHash]
-    ) -> torch.Tensor:
-        scales = torch.empty(place.shape, dtype=torch.float32)
-        files.read(place, 0, bytes_of(scales))
-        if not all_finite(scales):
-            raise ValueError(f"{place.file}: {place.name}: {first_problem(scales, 0)}. Scales have to be finite.")
+    ) -> np.ndarray:
+        scales = read_scales(files, place)
         read[place.name] = TensorHash()
         read[place.name].update(bytes_of(scales))
         files.write(unit.scale_places[place.name], 0, bytes_of(scales))
@@ -317,12 +326,12 @@ class ImportWorker:
         return scales
 
     def _compare(self, files: TensorFiles, copy: StoredTensor, original: StoredTensor) -> None:
-        for start in range(0, copy.num_bytes, _COMPARE_BYTES):
-            count = min(_COMPARE_BYTES, copy.num_bytes - start)
-            left, right = self._scratch.tensor(torch.uint8, count), self._chunk.tensor(torch.uint8, count)
+        for start in range(0, copy.num_bytes, CALL_BYTES):
+            count = min(CALL_BYTES, copy.num_bytes - start)
+            left, right = self._read.rows(1, count), self._original.rows(1, count)
             files.read(copy, start, bytes_of(left))
             files.read(original, start, bytes_of(right))
-            if not torch.equal(left, right):
+            if not np.array_equal(left, right):
                 raise ValueError(
                     f"{copy.file}: {copy.name} should repeat {original.name}, but its values differ: a model with "
                     "separate ones is not supported"
@@ -334,7 +343,7 @@ class ImportWorker:
         return {
             "name": whole.name,
             "shape": list(whole.shape),
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": tensor.dtype,
             "sha256": "",
             "file": unit.part,
             "key": tensor.entry.key,
@@ -352,3 +361,13 @@ class ImportWorker:
                 "file": os.path.relpath(place.file, self._folder),
                 "source": {"file": os.path.basename(source.file), "dtype": source.dtype, "sha256": digest},
             }
+
+
+def read_scales(files: TensorFiles, place: StoredTensor) -> np.ndarray:
+    """Block scales, fp32 ``[block rows, block columns]``. Raises ValueError if they are not finite."""
+    scales = np.empty(place.shape, np.float32)
+    files.read(place, 0, bytes_of(scales))
+    if not all_finite(scales.view(np.uint8), place.dtype):
+        problem = first_problem(scales.view(np.uint8), place.dtype, 0)
+        raise ValueError(f"{place.file}: {place.name}: {problem}. Scales have to be finite.")
+    return scales

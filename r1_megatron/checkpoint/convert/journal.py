@@ -5,8 +5,9 @@ has one line for every finished unit. The end is one rename, after everything ha
 ``TARGET`` finds a complete one; whoever finds a ``TARGET.partial`` goes on with it, if it is the same conversion of the
 same files.
 
-What a killed process wrote is safe with the kernel, so nothing waits for the disk before the end. A journal from before
-a restart of the machine, or from another machine, is believed after the unit's output was hashed.
+What a killed process wrote is safe with the kernel, so no unit waits for the disk; a thread brings finished ones there
+meanwhile, and only the end waits for it. A journal from before a restart of the machine, or from another machine, is
+believed after the unit's output was hashed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,6 +52,8 @@ class Partial:
         self.lock = self.folder / "lock"
         self.done: dict[str, Any] = {}
         self._units: dict[str, dict[str, Any]] = {}
+        self._disk: ThreadPoolExecutor | None = None
+        self._flushes: list[Future[None]] = []
         self._identity = json.loads(json.dumps(identity))
         refuse_existing(self.target)
         try:
@@ -135,9 +139,12 @@ class Partial:
         self.done[unit] = entry["result"]
         return True
 
-    def record(self, unit: str, sources: list[str], result: Any) -> None:
-        """A unit is finished; its files are written."""
+    def record(self, unit: str, sources: list[str], result: Any, outputs: Iterable[str] = ()) -> None:
+        """A unit is finished; ``outputs`` are written: absolute paths, or in ``content``."""
         self.done[unit] = result
+        # Not before there is something to flush: threads would keep workers from being forked.
+        self._disk = self._disk or ThreadPoolExecutor(1, "flush")
+        self._flushes += [self._disk.submit(_sync, self.content / output) for output in outputs]
         _append(self._journal, {"unit": unit, "boot": _boot(), "sources": _stamps(sources), "result": result})
 
     def finish(self) -> None:
@@ -145,7 +152,10 @@ class Partial:
 
         Raises:
             FileExistsError: somebody has made the target meanwhile.
+            OSError: not everything could be brought to the disk.
         """
+        for flush in self._flushes:
+            flush.result()
         for path in sorted(self.content.rglob("*")):
             _sync(path)
         _sync(self.content)
@@ -157,6 +167,9 @@ class Partial:
 
     def close(self) -> None:
         """Leave it as it is; the same conversion can go on with it."""
+        if self._disk is not None:
+            self._disk.shutdown(cancel_futures=True)
+            self._disk = None
         if not self._journal.closed:
             self._journal.close()
             os.close(self._alone)

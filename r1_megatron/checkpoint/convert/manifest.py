@@ -9,7 +9,7 @@
 * in a Hugging Face folder also a file: ``file`` and ``bytes`` with the ``sha256`` of all of it, or of a safetensors
   file the ``header_sha256`` of what precedes its tensors (those have lines of their own).
 
-A distributed checkpoint's files have checksums in ``checkpoint.json``.
+The other files of a distributed checkpoint have their sha256 in ``checkpoint.json``.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _verify_hugging_face(folder: Path, resources: Resources) -> Verification:
         found.problems += [f"{name}: its header was changed" for name in changed]
         return found
     stored = read_folder(folder).tensors
-    _compare(found, tensors, _hashes(group_checks({}, [stored[name] for name in tensors]), resources, len(tensors)))
+    _compare(found, tensors, _hashes(group_checks([], [stored[name] for name in tensors]), resources, len(tensors)))
     return found
 
 
@@ -152,15 +152,25 @@ def _verify_checkpoint(folder: Path, resources: Resources) -> Verification:
     found.problems += file_problems(folder, files, contents=False)
     if found.problems:
         return found
-    units = group_checks({str(folder / name): listed for name, listed in files.items()}, [])
-    for result in do_checks([*units], resources, len(files), "checking files"):
-        for path, kind in result["files"].items():
-            found.problems.append(f"{os.path.relpath(path, folder)}: its bytes differ ({kind})")
-    if found.problems or not (folder / MANIFEST).is_file():
+    hashed = [str(folder / name) for name in files if "sha256" in files[name]]
+    for result in do_checks([*group_checks(hashed, [])], resources, len(files), "checking files"):
+        for path, sha256 in result["files"].items():
+            name = os.path.relpath(path, folder)
+            if sha256 != files[name]["sha256"]:
+                found.problems.append(f"{name}: its bytes differ (sha256)")
+    if found.problems:
+        return found
+    if not (folder / MANIFEST).is_file():
+        found.problems += file_problems(folder, files, [name for name in files if "sha256" not in files[name]])
         return found
     _, lines = read_manifest(folder)
     tensors = {line["name"]: line for line in lines}
-    _compare(found, tensors, _hashes(_checkpoint_units(folder, description, tensors), resources, len(tensors)))
+    try:
+        hashes = _hashes(_checkpoint_units(folder, description, tensors), resources, len(tensors))
+    except ValueError as error:  # damaged beyond being read
+        found.problems.append(str(error))
+        return found
+    _compare(found, tensors, hashes)
     return found
 
 
@@ -182,7 +192,7 @@ def _checkpoint_units(
             continue
         parts = tuple(pieces[part] for part in ([name] if name in pieces else fused[name]))
         exported.append(ExportTensor(name, parts[0][0].stored.dtype, tuple(line["shape"]), parts))
-    return [*group_units(exported), *group_checks({}, plain)]
+    return [*group_units(exported), *group_checks([], plain)]
 
 
 def _hashes(units: Iterable[CheckUnit | ExportUnit], resources: Resources, num_tensors: int) -> dict[str, tuple]:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from r1_megatron.checkpoint.convert.exporting import FP8, ExportTensor, Piece
+from r1_megatron.checkpoint.convert.exporting import ExportTensor, Piece
 from r1_megatron.checkpoint.convert.work import DTYPES
-from r1_megatron.checkpoint.files.safetensors import DTYPE_NAMES, SINGLE, TORCH_DTYPES, Header, StoredTensor, item_size
+from r1_megatron.checkpoint.files.dtypes import FP8, WEIGHTS, item_size
+from r1_megatron.checkpoint.files.safetensors import SINGLE, Header, StoredTensor
 from r1_megatron.checkpoint.hugging_face.origin import ORIGIN, SCALES
 from r1_megatron.checkpoint.matching import SCALE_SUFFIX, scale_shape
 from r1_megatron.checkpoint.naming import aliases, fused_expert_name
@@ -95,7 +94,7 @@ def plan_shards(
     for name, parts in names.items():
         dtype = _dtype(name, pieces[parts[0]][0].stored.dtype, there, scales, options)
         shape = _shape(parts, pieces)
-        wanted[name] = (name, DTYPE_NAMES[dtype], shape)
+        wanted[name] = (name, dtype, shape)
         becomes_fp8 = options.fp8 == "quantize" or (options.fp8 == "source" and _is_fp8(parts[0], pieces, there))
         if len(parts) > 1 and becomes_fp8:
             raise ValueError(
@@ -121,7 +120,7 @@ def plan_shards(
 
 def _is_fp8(name: str, pieces: Mapping[str, tuple[Piece, ...]], there: Mapping[str, tuple[str, Any]]) -> bool:
     """Whether an expert is FP8, here or in the source."""
-    return pieces[name][0].stored.dtype == FP8 or (name in there and there[name][0] == DTYPE_NAMES[FP8])
+    return pieces[name][0].stored.dtype == FP8 or (name in there and there[name][0] == FP8)
 
 
 def _names(
@@ -157,17 +156,17 @@ def _shape(parts: tuple[str, ...], pieces: Mapping[str, tuple[Piece, ...]]) -> t
 
 def _dtype(
     name: str,
-    stored: torch.dtype,
+    stored: str,
     there: Mapping[str, tuple[str, Any]],
     scales: Mapping[str, StoredTensor],
     options: ExportOptions,
-) -> torch.dtype:
+) -> str:
     """The dtype of a tensor in the output."""
     if name.endswith("e_score_correction_bias") and options.dtype != "source":
-        return torch.float32  # adds up over all of training: never rounded
-    before = TORCH_DTYPES.get(there[name][0]) if name in there else None
+        return "F32"  # adds up over all of training: never rounded
+    before = there[name][0] if name in there and there[name][0] in WEIGHTS else None
     plain = DTYPES.get(options.dtype) or (before if before not in (None, FP8) else None)
-    plain = plain or (torch.bfloat16 if stored == FP8 or before == FP8 else stored)
+    plain = plain or ("BF16" if stored == FP8 or before == FP8 else stored)
     if options.fp8 == "dequantize":
         return plain
     if options.fp8 == "quantize" and is_projection(name):
@@ -238,7 +237,7 @@ def export_tensors(
         tensors.append(
             ExportTensor(
                 name,
-                TORCH_DTYPES[place.dtype],
+                place.dtype,
                 place.shape,
                 parts,
                 own_scales,

@@ -37,15 +37,8 @@ from r1_megatron.checkpoint.convert.shards import (
     read_source,
 )
 from r1_megatron.checkpoint.convert.work import Resources, check_room, check_target, do_units, tensors_are
-from r1_megatron.checkpoint.files.safetensors import (
-    INDEX,
-    SINGLE,
-    TORCH_DTYPES,
-    Header,
-    build_index,
-    item_size,
-    plan_file,
-)
+from r1_megatron.checkpoint.files.dtypes import FP8, TORCH_NAMES, item_size
+from r1_megatron.checkpoint.files.safetensors import INDEX, SINGLE, Header, build_index, plan_file
 from r1_megatron.checkpoint.files.torch_dist import read_metadata
 from r1_megatron.checkpoint.hugging_face.config import hf_from_model
 from r1_megatron.checkpoint.hugging_face.origin import ORIGIN, SCALES, exported_config, read_config, write_origin
@@ -179,6 +172,6 @@ def _config_for(config: dict[str, Any], shards: Mapping[str, tuple[Tensor, ...]]
     sizes: dict[str, int] = {}
     for _, dtype, shape in (tensor for shard in shards.values() for tensor in shard):
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape) * item_size(dtype)
-    fp8 = sizes.pop("F8_E4M3", 0) > 0
+    fp8 = sizes.pop(FP8, 0) > 0
     most = max(sizes, key=lambda dtype: sizes[dtype])
-    return exported_config(config, str(TORCH_DTYPES[most]).removeprefix("torch."), fp8)
+    return exported_config(config, TORCH_NAMES[most], fp8)

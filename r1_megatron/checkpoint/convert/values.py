@@ -1,4 +1,7 @@
-"""What a converter does to numbers: check, hash, cast, multiply by block scales. Rows in, rows out, no files."""
+"""What a converter does to bytes that stay as they are: find NaN and infinity, hash. Rows in, rows out; no torch.
+
+Rows are uint8 arrays ``[rows, bytes of a row]``, contiguous; their dtype goes by safetensors' name.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +9,37 @@ import hashlib
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
-from r1_megatron.checkpoint.files.safetensors import StoredTensor, TensorFiles
-from r1_megatron.checkpoint.fp8 import dequantize
+from r1_megatron.checkpoint.files.dtypes import item_size
+from r1_megatron.checkpoint.files.safetensors import CALL_BYTES, StoredTensor, TensorFiles
 
-_HASH_BYTES = 4 << 20
+# The bits of infinity; of e4m3, which has none, of NaN. Without the sign, whatever is as large or larger is no number.
+_INFINITY = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7F}
 
 
-def all_finite(values: torch.Tensor) -> bool:
-    """No NaN and no infinity in it; e4m3 included, whose NaN are 0x7f and 0xff."""
-    if values.numel() == 0:
+def all_finite(rows: np.ndarray, dtype: str) -> bool:
+    """No NaN and no infinity in it."""
+    if rows.size == 0:
         return True
-    if values.dtype == torch.float8_e4m3fn:
-        return values.view(torch.int8).amax().item() != 127 and values.view(torch.uint8).amax().item() != 255
-    # A sum is many times faster than a look at every element, and finite only if all of them are.
-    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+    size, infinity = item_size(dtype), _INFINITY[dtype]
+    flat = rows.reshape(-1)
+    # As whole numbers, positive values are in order, and so are negative ones behind the sign bit.
+    return flat.view(f"i{size}").max() < infinity and flat.view(f"u{size}").max() < infinity | 1 << 8 * size - 1
 
 
-def first_problem(values: torch.Tensor, first_row: int) -> str:
+def first_problem(rows: np.ndarray, dtype: str, first_row: int) -> str:
     """Where the first NaN or infinity is and how many there are, in words."""
-    bad = ~torch.isfinite(values.float())
-    index = bad.nonzero()[0].tolist()
-    index[0] += first_row
-    return f"{int(bad.sum())} of these values are NaN or infinite, the first at {index}"
+    size, infinity = item_size(dtype), _INFINITY[dtype]
+    bits = rows.view(f"u{size}")
+    places = np.argwhere((bits & ((1 << 8 * size - 1) - 1)) >= infinity)
+    row, column = (int(index) for index in places[0])
+    index = [first_row + row, column] if bits.shape[1] > 1 else [first_row + row]
+    return f"{len(places)} of these values are NaN or infinite, the first at {index}"
 
 
-def cast(values: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None, first_row: int) -> torch.Tensor:
-    """``values`` in ``dtype``, rounded once. ``scales``: of their whole matrix, if they are e4m3 codes."""
-    if scales is not None:
-        return dequantize(values, scales, dtype, first_row)
-    return values.to(dtype)
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's own bytes."""
-    return tensor.view(-1).view(torch.uint8).numpy().data.cast("B")
-
-
-def rows_of(tensor: torch.Tensor) -> np.ndarray:
-    """A contiguous tensor's own bytes by row, uint8 ``[rows, bytes of a row]``."""
-    return tensor.view(len(tensor), -1).view(torch.uint8).numpy()
+def bytes_of(rows: np.ndarray) -> memoryview:
+    """A contiguous array's own bytes."""
+    return rows.reshape(-1).data.cast("B")
 
 
 class TensorHash:
@@ -68,25 +61,20 @@ class Buffer:
     """Memory that is used again for every slice: fresh pages cost more than the copy into them."""
 
     def __init__(self) -> None:
-        self._bytes = bytearray()
+        self._bytes = np.empty(0, np.uint8)
 
-    def tensor(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """A tensor in this memory, valid until the next call; its storage is exactly its own elements."""
-        count = 1
-        for size in shape:
-            count *= size
-        if count * dtype.itemsize > len(self._bytes):
-            self._bytes = bytearray(count * dtype.itemsize)
-        if count == 0:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._bytes, dtype=dtype, count=count).view(shape)
+    def rows(self, count: int, row_bytes: int) -> np.ndarray:
+        """Uint8 ``[count, row_bytes]`` in this memory, valid until the next call."""
+        if count * row_bytes > len(self._bytes):
+            self._bytes = np.empty(count * row_bytes, np.uint8)
+        return self._bytes[: count * row_bytes].reshape(count, row_bytes)
 
 
 def hash_tensor(files: TensorFiles, tensor: StoredTensor, buffer: Buffer, progress: Callable[[int], None]) -> str:
     """sha256 of a stored tensor's bytes."""
     digest = TensorHash()
-    for start in range(0, tensor.num_bytes, _HASH_BYTES):
-        part = bytes_of(buffer.tensor(torch.uint8, min(_HASH_BYTES, tensor.num_bytes - start)))
+    for start in range(0, tensor.num_bytes, CALL_BYTES):
+        part = bytes_of(buffer.rows(1, min(CALL_BYTES, tensor.num_bytes - start)))
         files.read(tensor, start, part)
         digest.update(part)
         progress(len(part))

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from r1_megatron.checkpoint.convert.check import CheckUnit
 from r1_megatron.checkpoint.convert.exporting import ExportUnit
 from r1_megatron.checkpoint.convert.importing import ImportUnit
@@ -25,13 +23,15 @@ from r1_megatron.checkpoint.convert.workers import WorkerSetup, run_units
 from r1_megatron.checkpoint.files.safetensors import StoredTensor, TensorFiles
 
 # Dtypes by the command line's words.
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 # The most that an element of a slice takes while it is worked on: requantising fp32, with all intermediate results.
 BYTES_PER_ELEMENT = 32
 # The plan, the journal and the manifest in the parent, and what a worker keeps of its unit.
 BYTES_PER_TENSOR = 4096
-# Larger slices are not faster, and leave the processor's cache.
+# Of a chunk, and of a slice to be quantised.
 _MAX_ELEMENTS = 8 << 20
+# From one end of the converter to the other within a core's own cache.
+_BLOCK_BYTES = 1 << 20
 # A slice that is to be quantised has at least 128 rows; 18432 is the widest matrix of DeepSeek-V3.
 _MIN_ELEMENTS = 128 * 18432
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -117,14 +117,12 @@ def do_units(
     is_intact: Callable[[str, Any], bool],
     resources: Resources,
     num_tensors: int,
-    meanwhile: Callable[[], None] | None = None,
 ) -> Progress:
     """All units that are not finished yet; results are in ``partial.done``.
 
     Args:
         is_there: whether the output of a unit (by name, of this result) is there, by the looks of it.
         is_intact: the same, by its bytes; asked after a restart of the machine.
-        meanwhile: is called while they run.
 
     Raises:
         ValueError, OSError: what a unit met. What is finished is kept.
@@ -139,10 +137,12 @@ def do_units(
     left = sum(unit.num_bytes for _, unit in todo)
     progress = Progress("converting", total, total - left, resources.quiet)
     todo = _in_turn(todo)
-    setup = WorkerSetup(str(partial.content), elements, str(partial.lock))
+    setup = WorkerSetup(
+        str(partial.content), elements, _BLOCK_BYTES, any(unit.computes for _, unit in todo), str(partial.lock)
+    )
     try:
-        for name, result in run_units(todo, resources.num_workers, setup, progress.update, meanwhile):
-            partial.record(name, units[name].sources, result)
+        for name, result in run_units(todo, resources.num_workers, setup, progress.update):
+            partial.record(name, units[name].sources, result, units[name].outputs)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -170,7 +170,7 @@ def _in_turn(todo: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """Units of different output files one after the other: writers of one file wait for each other in the kernel."""
     by_file: dict[str, list[tuple[str, Any]]] = {}
     for name, unit in todo:
-        by_file.setdefault(unit.output, []).append((name, unit))
+        by_file.setdefault(unit.outputs[0], []).append((name, unit))
     rounds = itertools.zip_longest(*by_file.values())
     return [item for group in rounds for item in group if item is not None]
 
@@ -178,7 +178,7 @@ def _in_turn(todo: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 def do_checks(units: list[CheckUnit | ExportUnit], resources: Resources, num_tensors: int, what: str) -> list[Any]:
     """Units that only read; their results."""
     progress = Progress(what, sum(unit.num_bytes for unit in units), 0, resources.quiet)
-    setup = WorkerSetup("", resources.slice_elements(num_tensors))
+    setup = WorkerSetup("", resources.slice_elements(num_tensors), _BLOCK_BYTES, computes=False)
     named = [(f"check {number}", unit) for number, unit in enumerate(units)]
     try:
         return [result for _, result in run_units(named, resources.num_workers, setup, progress.update)]

@@ -1,13 +1,14 @@
 """Worker processes of a conversion: units in, results out. No torch.distributed, no rank, no GPU.
 
 A unit is independent of every other, so a worker that dies takes one unit with it, and a parent that dies is noticed at
-the next report of progress. torch is imported once for all of them.
+the next report of progress. torch is imported only where a unit computes, once for all workers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 import signal
@@ -19,23 +20,25 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from r1_megatron.checkpoint.convert.check import CheckUnit, CheckWorker
 from r1_megatron.checkpoint.convert.exporting import ExportUnit, ExportWorker
 from r1_megatron.checkpoint.convert.importing import ImportUnit, ImportWorker
 from r1_megatron.checkpoint.convert.journal import hold
 
 Unit = ImportUnit | ExportUnit | CheckUnit
+_ARITHMETIC = "r1_megatron.checkpoint.convert.arithmetic"
 _REPORT_EVERY_S = 0.1
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What every worker has to know: the folder to write into, elements per slice, the lock to hold while it lives."""
+    """What every worker has to know: the folder to write into, elements per chunk or slice and bytes per block (see the
+    workers), whether any unit computes, the lock to hold while it lives."""
 
     folder: str
     max_elements: int
+    block_bytes: int
+    computes: bool
     lock: str | None = None
 
 
@@ -48,11 +51,8 @@ def run_units(
     num_workers: int,
     setup: WorkerSetup,
     progress: Callable[[int], None],
-    meanwhile: Callable[[], None] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Do all units, ``num_workers`` at a time; answers each name and result as it is finished.
-
-    ``meanwhile`` is called once, when all workers have something to do.
 
     Raises:
         ValueError, OSError: what a unit met; the others are stopped.
@@ -60,7 +60,9 @@ def run_units(
     """
     if not units:
         return
-    context = _context()
+    if setup.computes:
+        importlib.import_module(_ARITHMETIC)
+    context = _context(setup)
     waiting = list(reversed(units))
     workers: dict[Connection, tuple[Any, str]] = {}
     gc.freeze()  # a collection in a forked worker would copy every page of the plan
@@ -74,8 +76,6 @@ def run_units(
             theirs.close()
             workers[ours] = (process, _give(ours, waiting))
         gc.unfreeze()
-        if meanwhile is not None:
-            meanwhile()
         while workers:
             for connection in wait(list(workers)):
                 assert isinstance(connection, Connection)
@@ -101,13 +101,13 @@ def run_units(
             process.join()
 
 
-def _context() -> Any:
+def _context(setup: WorkerSetup) -> Any:
     """How workers come to be: a process without other threads is forked, which costs nothing; else a server is."""
     tasks = Path("/proc/self/task")
     if tasks.is_dir() and len(list(tasks.iterdir())) == 1:
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *([_ARITHMETIC] if setup.computes else [])])
     return context
 
 
@@ -136,13 +136,16 @@ def _work(connection: Connection, setup: WorkerSetup, inherited: list[Connection
     for other in inherited:
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
-    torch.set_num_threads(1)
+    if setup.computes:
+        import torch
+
+        torch.set_num_threads(1)
     if setup.lock is not None:
         hold(setup.lock)
     report = _Report(connection)
     workers = {
-        ImportUnit: ImportWorker(setup.folder, setup.max_elements, report),
-        ExportUnit: ExportWorker(setup.max_elements, report),
+        ImportUnit: ImportWorker(setup.folder, setup.max_elements, setup.block_bytes, report),
+        ExportUnit: ExportWorker(setup.max_elements, setup.block_bytes, report),
         CheckUnit: CheckWorker(report),
     }
     try:

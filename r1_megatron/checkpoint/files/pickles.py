@@ -1,4 +1,4 @@
-"""Reading the two pickles inside a distributed checkpoint without running anything that they name.
+"""The two pickles inside a distributed checkpoint, read without running anything that they name.
 
 ``.metadata`` (torch.distributed.checkpoint's description of all tensors) and ``data.pkl`` (the head of every tensor
 that torch.save wrote) are pickles. Every class or function they name becomes a plain :class:`Record` of what it would
@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 import pickle
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
+from r1_megatron.checkpoint.files.dtypes import FROM_TORCH
 
 # Dataclasses, enums and plans of the writers; what follows them is only stored.
 _RECORD_MODULES = (
@@ -51,16 +52,62 @@ class Record:
         return self.state.get(field) if isinstance(self.state, dict) else None
 
 
+@dataclass(frozen=True, eq=False)
+class Named:
+    """An object to be pickled, whose class is only named and not imported: a call of it with ``args``; or, as
+    dataclasses are, an instance with ``state``; or, with ``args`` ``None``, what has that name itself."""
+
+    module: str
+    name: str
+    args: tuple[Any, ...] | None = ()
+    state: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class PersistentId:
+    """What torch.save writes in a storage's place, to be found under it elsewhere."""
+
+    value: tuple[Any, ...]
+
+
+# The pickler in Python: the one in C imports whatever it writes the name of.
+_PythonPickler: Any = vars(pickle)["_Pickler"]
+
+
+class _Pickler(_PythonPickler):
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        if not isinstance(obj, Named):
+            super().save(obj, save_persistent_id)
+            return
+        self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
+        if obj.args is None:
+            return
+        self.save(obj.args)
+        if obj.state is None:
+            self.write(pickle.REDUCE)
+        else:
+            self.write(pickle.NEWOBJ)
+            self.save(obj.state)
+            self.write(pickle.BUILD)
+
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.value if isinstance(obj, PersistentId) else None
+
+
+def dump_named(value: Any, file: IO[bytes]) -> None:
+    """Pickle ``value``: plain data with :class:`Named` and :class:`PersistentId` objects in it."""
+    _Pickler(file, protocol=2).dump(value)
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if not name.isidentifier():  # "os.system" of a module that imports os
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no class")
         if module == "torch":
-            found = getattr(torch, name, None)
             if name == "Size":
                 return tuple
-            if isinstance(found, torch.dtype):
-                return found
+            if name in FROM_TORCH:
+                return FROM_TORCH[name]  # a dtype, by its name in safetensors
             if name.endswith("Storage"):
                 return type(name, (Record,), {})
         if (module, name) == ("collections", "OrderedDict"):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from r1_megatron.checkpoint.files.dtypes import ITEM_SIZES, item_size
 
 # Bytes of one read or write. Writes of 8 MiB took three times the processor time in the kernel (Linux 6, ext4).
 CALL_BYTES = 1 << 20
@@ -26,20 +26,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # The format's own limit.
 _MAX_HEADER_BYTES = 100_000_000
-# Bytes per element of every dtype of the format; ours are those with a torch dtype below.
-_ITEM_SIZES = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
-}
-TORCH_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -55,11 +41,11 @@ class StoredTensor:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row, or of one element of a vector."""
-        return math.prod(self.shape[1:]) * _ITEM_SIZES[self.dtype]
+        return math.prod(self.shape[1:]) * item_size(self.dtype)
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_SIZES[self.dtype]
+        return math.prod(self.shape) * item_size(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -85,11 +71,6 @@ class WeightFolder:
     tensors: Mapping[str, StoredTensor]
     headers: Mapping[str, Header]
     index_metadata: dict[str, Any] | None = field(default=None)
-
-
-def item_size(dtype: str) -> int:
-    """Bytes per element of a dtype by the format's name."""
-    return _ITEM_SIZES[dtype]
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -157,9 +138,9 @@ def _checked_tensor(path: Path, name: str, entry: Any, data_start: int) -> Store
             f"{path}: {name}: shape and data_offsets have to be lists of whole numbers, got {entry!s:.200}"
         )
     dtype, shape, offsets = entry.get("dtype"), tuple(entry["shape"]), entry["data_offsets"]
-    if dtype not in _ITEM_SIZES:
-        raise ValueError(f"{path}: {name}: dtype {dtype!r} is not known; known are {', '.join(_ITEM_SIZES)}")
-    num_bytes = math.prod(shape) * _ITEM_SIZES[dtype]
+    if dtype not in ITEM_SIZES:
+        raise ValueError(f"{path}: {name}: dtype {dtype!r} is not known; known are {', '.join(ITEM_SIZES)}")
+    num_bytes = math.prod(shape) * item_size(dtype)
     if len(offsets) != 2 or offsets[1] - offsets[0] != num_bytes:
         raise ValueError(f"{path}: {name}: {dtype} {list(shape)} has {num_bytes} bytes, but data_offsets are {offsets}")
     return StoredTensor(name, dtype, shape, str(path), data_start + offsets[0])
@@ -289,7 +270,7 @@ def build_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Ma
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for name, dtype, shape in tensors:
-        stop = start + math.prod(shape) * _ITEM_SIZES[dtype]
+        stop = start + math.prod(shape) * item_size(dtype)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

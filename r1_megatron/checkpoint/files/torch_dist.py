@@ -21,20 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from r1_megatron.checkpoint.files.archives import STORAGE_CLASSES
+from r1_megatron.checkpoint.files.dtypes import item_size
 from r1_megatron.checkpoint.files.pickles import Record, load_restricted
 from r1_megatron.checkpoint.files.safetensors import read_exactly
 
 METADATA = ".metadata"
 _READ_AGAIN_BYTES = 4 << 20
-# Classes by which torch.save names the older dtypes.
-_STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -50,10 +44,10 @@ class StoredChunk:
 
 @dataclass(frozen=True)
 class StoredKey:
-    """One tensor of a checkpoint under its key; the chunks cover it exactly once."""
+    """One tensor of a checkpoint under its key; the chunks cover it exactly once. ``dtype`` is safetensors' name."""
 
     key: str
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     chunks: tuple[StoredChunk, ...]
 
@@ -157,7 +151,7 @@ class RowReader:
         Raises:
             ValueError: damaged; the file and the key are named.
         """
-        item = stored.dtype.itemsize
+        item = item_size(stored.dtype)
         filled = 0
         for chunk in stored.chunks:
             lead, skipped = 0, 0 if expert is None else 1
@@ -215,7 +209,7 @@ class RowReader:
             raise
         except Exception as error:  # a damaged archive fails in any way
             raise ValueError(f"{where}: damaged: {error!s:.200}") from error
-        num_bytes = math.prod(chunk.sizes) * stored.dtype.itemsize
+        num_bytes = math.prod(chunk.sizes) * item_size(stored.dtype)
         if tuple(sizes) != chunk.sizes or first != 0 or info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{where}: damaged: holds {tuple(sizes)}, {METADATA} says {chunk.sizes}")
         row_major = [math.prod(chunk.sizes[axis + 1 :]) for axis in range(len(chunk.sizes))]
@@ -264,10 +258,10 @@ class RowReader:
             )
 
 
-def _storage_dtype(kind: str, args: tuple) -> torch.dtype | None:
+def _storage_dtype(kind: str, args: tuple) -> str | None:
     if kind == "UntypedStorage":  # newer dtypes are told beside the storage
-        return next((arg for arg in args[4:] if isinstance(arg, torch.dtype)), None)
-    return _STORAGE_DTYPES.get(kind)
+        return next((arg for arg in args[4:] if isinstance(arg, str)), None)
+    return next((dtype for dtype, name in STORAGE_CLASSES.items() if name == kind), None)
 
 
 class _Range(io.RawIOBase):

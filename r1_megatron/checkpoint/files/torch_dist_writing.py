@@ -5,37 +5,38 @@ The format and its sources are those of ``torch_dist.py``.
 
 from __future__ import annotations
 
-import importlib
 import json
-import pickle
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from r1_megatron.checkpoint.files.archives import write_object, write_tensor
+from r1_megatron.checkpoint.files.dtypes import TORCH_NAMES
+from r1_megatron.checkpoint.files.pickles import Named, dump_named
 from r1_megatron.checkpoint.files.safetensors import CALL_BYTES
 from r1_megatron.checkpoint.files.torch_dist import METADATA, StoredChunk, StoredKey
 
+_CLASSES = "torch.distributed.checkpoint.metadata"
+
 
 class PartWriter:
-    """One ``*.distcp`` file, chunk after chunk, with its CRC-32 taken on the way."""
+    """One ``*.distcp`` file, chunk after chunk."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed in close)
-        self._crc = 0
         self.num_bytes = 0
 
-    def add(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> StoredChunk:
-        """Append a chunk: ``tensor`` is the block of ``key`` at ``offsets``, and has its storage to itself."""
+    def add(
+        self, dtype: str, offsets: tuple[int, ...], sizes: tuple[int, ...], blocks: Iterable[memoryview]
+    ) -> StoredChunk:
+        """Append a chunk: the block of its key at ``offsets``, whose bytes come in order."""
         start = self.num_bytes
-        torch.save(tensor, self)
-        return StoredChunk(offsets, tuple(tensor.shape), self.path.name, start, self.num_bytes - start)
+        write_tensor(self, dtype, sizes, blocks)
+        return StoredChunk(offsets, sizes, self.path.name, start, self.num_bytes - start)
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self._crc = zlib.crc32(view, self._crc)
         done = 0
         while done < len(view):
             done += self._file.write(view[done : done + CALL_BYTES])
@@ -43,48 +44,55 @@ class PartWriter:
         return len(view)
 
     def flush(self) -> None:
-        """For torch.save; nothing is held back."""
+        """Nothing is held back."""
 
-    def close(self) -> tuple[int, str]:
-        """Answers the file's bytes and CRC-32 (hexadecimal)."""
+    def close(self) -> None:
+        """No more chunks."""
         self._file.close()
-        return self.num_bytes, f"{self._crc:08x}"
-
-    def abandon(self) -> None:
-        """Let go of the file as it is."""
-        self._file.close()
-
-
-def import_metadata_classes() -> None:
-    """Half a second of imports that :func:`write_metadata` needs; for whoever has time before."""
-    importlib.import_module("torch.distributed.checkpoint.filesystem")
 
 
 def write_metadata(folder: str | Path, keys: Iterable[StoredKey]) -> None:
-    """``.metadata``, ``metadata.json`` and an empty ``common.pt``: what makes part files a checkpoint."""
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
+    """``.metadata``, ``metadata.json`` and an empty ``common.pt``: what makes part files a checkpoint.
+
+    The classes of ``.metadata`` are only named: their package takes longer to import than a small model to convert.
+    """
+
+    def size(numbers: tuple[int, ...]) -> Named:
+        return Named("torch", "Size", (numbers,))
+
+    def instance(name: str, **fields: Any) -> Named:
+        return Named(_CLASSES, name, state=fields)
 
     tensors, places = {}, {}
+    strided = Named("torch.serialization", "_get_layout", ("torch.strided",))
+    contiguous = Named(_CLASSES, "_MEM_FORMAT_ENCODING", (0,))
     for stored in keys:
         chunks = []
         for number, chunk in enumerate(stored.chunks):
-            chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
-            index = MetadataIndex(stored.key, torch.Size(chunk.offsets), number)
-            places[index] = _StorageInfo(chunk.file, chunk.start, chunk.length)
-        tensors[stored.key] = TensorStorageMetadata(
-            TensorProperties(dtype=stored.dtype), torch.Size(stored.shape), chunks
+            offsets = size(chunk.offsets)
+            chunks.append(instance("ChunkStorageMetadata", offsets=offsets, sizes=size(chunk.sizes)))
+            place = {"relative_path": chunk.file, "offset": chunk.start, "length": chunk.length}
+            index = instance("MetadataIndex", fqn=stored.key, offset=offsets, index=number)
+            places[index] = Named("torch.distributed.checkpoint.filesystem", "_StorageInfo", state=place)
+        # Dtype, layout, requires_grad, memory format, pin_memory: a state of its own kind.
+        dtype = Named("torch", TORCH_NAMES[stored.dtype], None)
+        properties = Named(_CLASSES, "TensorProperties", state=(dtype, strided, False, contiguous, False))
+        tensors[stored.key] = instance(
+            "TensorStorageMetadata", properties=properties, size=size(stored.shape), chunks=chunks
         )
+    metadata = instance(
+        "Metadata",
+        state_dict_metadata=tensors,
+        planner_data=None,
+        storage_data=places,
+        storage_meta=None,
+        version="1.0.0",
+    )
     folder = Path(folder)
     with open(folder / METADATA, "wb") as file:
-        pickle.dump(Metadata(tensors, storage_data=places, version="1.0.0"), file)
+        dump_named(metadata, file)
     backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     backends |= {"common_backend": "torch", "common_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(backends))
-    torch.save({}, folder / "common.pt")
+    with open(folder / "common.pt", "wb") as file:
+        write_object(file, {})

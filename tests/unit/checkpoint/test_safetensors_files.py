@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from r1_megatron.checkpoint.files.dtypes import FROM_TORCH
 from r1_megatron.checkpoint.files.safetensors import (
-    DTYPE_NAMES,
     INDEX,
     SINGLE,
     build_header,
@@ -40,7 +40,10 @@ def test_headers_are_those_of_the_library(tmp_path: Path) -> None:
         there = data[stored.start : stored.start + stored.num_bytes]
         expected = TENSORS[stored.name]
         assert there == expected.contiguous().view(torch.uint8).numpy().tobytes()
-        assert (stored.shape, stored.dtype) == (tuple(expected.shape), DTYPE_NAMES[expected.dtype])
+        assert (stored.shape, stored.dtype) == (
+            tuple(expected.shape),
+            FROM_TORCH[str(expected.dtype).removeprefix("torch.")],
+        )
         assert stored.row_bytes * stored.shape[0] == stored.num_bytes
     layout = [(stored.name, stored.dtype, stored.shape) for stored in header.tensors]
     assert data.startswith(build_header(layout, header.metadata))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import pickle
+import pickletools
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 
+from r1_megatron.checkpoint.files.archives import write_object, write_tensor
+from r1_megatron.checkpoint.files.dtypes import FROM_TORCH, TORCH_NAMES, item_size
 from r1_megatron.checkpoint.files.pickles import load_restricted
 from r1_megatron.checkpoint.files.torch_dist import RowReader, StoredChunk, StoredKey, read_metadata
 from r1_megatron.checkpoint.files.torch_dist_writing import PartWriter, write_metadata
@@ -26,6 +31,17 @@ def numbered(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.randint(0, 100, (size,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """safetensors' name of it."""
+    return FROM_TORCH[str(dtype).removeprefix("torch.")]
+
+
+def add(writer: PartWriter, offsets: tuple[int, ...], tensor: torch.Tensor) -> StoredChunk:
+    """A chunk in two uneven blocks."""
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return writer.add(name_of(tensor.dtype), offsets, tuple(tensor.shape), [data[:5], data[5:]])
+
+
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().view(len(tensor), -1).view(torch.uint8).numpy()
 
@@ -33,7 +49,7 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
 def read_rows(stored: StoredKey, first: int, stop: int, expert: int | None = None) -> np.ndarray:
     """Rows of a key by a reader that also checks their chunks."""
     shape = stored.shape if expert is None else stored.shape[1:]
-    out = np.full((stop - first, int(np.prod(shape[1:])) * stored.dtype.itemsize), 0xEE, np.uint8)
+    out = np.full((stop - first, int(np.prod(shape[1:])) * item_size(stored.dtype)), 0xEE, np.uint8)
     reader = RowReader()
     reader.read(stored, expert, first, out)
     reader.close()
@@ -52,7 +68,7 @@ def checkpoint(tmp_path: Path) -> dict[str, torch.Tensor]:
 def test_rows_of_what_torch_wrote(tmp_path: Path, checkpoint: dict[str, torch.Tensor]) -> None:
     keys = read_metadata(tmp_path / "there")
     assert {key: (stored.dtype, stored.shape) for key, stored in keys.items()} == {
-        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in checkpoint.items()
+        name: (name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in checkpoint.items()
     }
     for dtype in DTYPES:
         whole = as_bytes(checkpoint[f"m.{dtype}"])
@@ -69,13 +85,13 @@ def test_torch_reads_what_is_written(tmp_path: Path) -> None:
     writers = [PartWriter(tmp_path / f"__0_{n}.distcp") for n in range(2)]
     keys = []
     for name, tensor in tensors.items():
-        chunks = [writers[0].add(name, (0, 0), tensor[:11].clone()), writers[1].add(name, (11, 0), tensor[11:].clone())]
-        keys.append(StoredKey(name, tensor.dtype, tuple(tensor.shape), tuple(chunks)))
-    chunks = [writers[e % 2].add("e", (e, 0, 0), experts[e : e + 1].clone()) for e in range(3)]
-    keys.append(StoredKey("e", experts.dtype, (3, 4, 6), tuple(chunks)))
+        chunks = [add(writers[0], (0, 0), tensor[:11]), add(writers[1], (11, 0), tensor[11:])]
+        keys.append(StoredKey(name, name_of(tensor.dtype), tuple(tensor.shape), tuple(chunks)))
+    chunks = [add(writers[e % 2], (e, 0, 0), experts[e : e + 1]) for e in range(3)]
+    keys.append(StoredKey("e", "BF16", (3, 4, 6), tuple(chunks)))
     for writer in writers:
-        size, _ = writer.close()
-        assert size == os.path.getsize(writer.path)
+        writer.close()
+        assert writer.num_bytes == os.path.getsize(writer.path)
     write_metadata(tmp_path, keys)
 
     found = {name: torch.zeros_like(tensor) for name, tensor in {**tensors, "e": experts}.items()}
@@ -88,14 +104,53 @@ def test_torch_reads_what_is_written(tmp_path: Path) -> None:
         assert np.array_equal(read_rows(again[name], 9, 20), as_bytes(tensor)[9:20])
 
 
+@pytest.mark.parametrize("name", sorted(TORCH_NAMES))
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5), (0, 4)])
+def test_an_archive_is_torch_saves(name: str, shape: tuple[int, ...]) -> None:
+    """torch.load takes it, the pickle is the one that torch.save writes, and the elements are aligned as there."""
+    dtype = getattr(torch, TORCH_NAMES[name])
+    data = torch.randint(0, 2, (int(np.prod(shape)) * item_size(name),), dtype=torch.uint8)
+    tensor = data.view(dtype).view(shape)
+    ours, theirs = io.BytesIO(), io.BytesIO()
+    write_tensor(ours, name, shape, [data.numpy().data])
+    torch.save(tensor, theirs)
+    for buffer in (ours, theirs):
+        buffer.seek(0)
+        found = torch.load(buffer, weights_only=True)
+        assert (found.dtype, found.shape) == (dtype, shape)
+        assert torch.equal(found.reshape(-1).view(torch.uint8), data)
+    with zipfile.ZipFile(ours) as archive, zipfile.ZipFile(theirs) as reference:
+        assert archive.testzip() is None
+        records = [name for name in reference.namelist() if not name.endswith(("serialization_id", "data.pkl"))]
+        assert [name for name in archive.namelist() if not name.endswith("data.pkl")] == records
+        assert all(archive.read(record) == reference.read(record) for record in records)
+        heads = [pickled_calls(each.read("archive/data.pkl")) for each in (archive, reference)]
+        assert heads[0] == heads[1]
+        start = archive.getinfo("archive/data/0").header_offset
+        lengths = [int.from_bytes(ours.getvalue()[start + at : start + at + 2], "little") for at in (26, 28)]
+        assert (start + 30 + sum(lengths)) % 64 == 0
+
+
+def pickled_calls(data: bytes) -> list[tuple[str, object]]:
+    """A pickle's operations without those that only number its objects."""
+    return [(code.name, value) for code, value, _ in pickletools.genops(data) if code.name not in ("BINPUT", "BINGET")]
+
+
+def test_an_archive_of_plain_data() -> None:
+    buffer = io.BytesIO()
+    write_object(buffer, {"a": [1, 2.5], "b": "text"})
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == {"a": [1, 2.5], "b": "text"}
+
+
 def write_grid(folder: Path, tensor: torch.Tensor, rows: list[int], columns: list[int]) -> StoredKey:
     """One file with the chunks between these cuts."""
     writer, chunks = PartWriter(folder / "part.distcp"), []
     for top, bottom in itertools.pairwise(rows):
         for left, right in itertools.pairwise(columns):
-            chunks.append(writer.add("w", (top, left), tensor[top:bottom, left:right].clone()))
+            chunks.append(add(writer, (top, left), tensor[top:bottom, left:right]))
     writer.close()
-    write_metadata(folder, [StoredKey("w", tensor.dtype, tuple(tensor.shape), tuple(chunks))])
+    write_metadata(folder, [StoredKey("w", name_of(tensor.dtype), tuple(tensor.shape), tuple(chunks))])
     return read_metadata(folder)["w"]
 
 
@@ -165,7 +220,7 @@ def test_a_description_that_lies(tmp_path: Path, place: tuple[str, tuple[int, ..
     """A file elsewhere, a chunk outside of its tensor, a tensor that is not covered."""
     (tmp_path / "part.distcp").write_bytes(bytes(100))
     file, offsets, sizes = place
-    write_metadata(tmp_path, [StoredKey("w", torch.float32, (4,), (StoredChunk(offsets, sizes, file, 0, 100),))])
+    write_metadata(tmp_path, [StoredKey("w", "F32", (4,), (StoredChunk(offsets, sizes, file, 0, 100),))])
     with pytest.raises(ValueError, match=r"\.metadata: .*w"):
         read_metadata(tmp_path)
 
