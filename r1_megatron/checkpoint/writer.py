@@ -22,6 +22,9 @@ import torch
 import torch.distributed as dist
 import yaml
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -35,6 +38,8 @@ from r1_megatron.telemetry.run_folder import CHECKPOINT, PARTIAL
 
 FORMAT = 1
 MODEL = "model.yaml"
+# Larger than what rank 0 alone writes while the others wait in a collective: megatron-core's common.pt.
+_PROBE_BYTES = 1 << 12
 
 
 @dataclass
@@ -81,23 +86,28 @@ class CheckpointWriter:
 
         Raises:
             FileExistsError: ``folder`` is there already; nothing is overwritten.
-            OSError: it could not be written (a full disk), on every rank; nothing is left of it.
+            OSError: it cannot be written (a full disk, known before anything is written if there is no room for all of
+                it), on every rank; nothing is left of it.
         """
         self.finish()
         folder = Path(folder)
-        self._make_room(folder)
+        self._make_room(folder, _over_all_ranks(_num_bytes(state), dist.ReduceOp.SUM))
         error = None
-        request = AsyncRequest(None, (), [])
         try:
             if write_more is not None:
                 write_more(partial_of(folder))
+        except OSError as failure:  # on this rank alone, perhaps: the others must not begin to save without it
+            error = _why_not_written(folder, failure)
+        self._fail_together(folder, error)
+        request = AsyncRequest(None, (), [])
+        try:
             # megatron-core hands results over through a manager process, for writers that are processes. Ours is a
             # thread at most: an ordinary queue saves an interpreter (195 MB, 2.5 s) on every rank.
             filesystem_async._results_queue = queue.Queue()
             with cuda_type_names():
                 strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
                 request = dist_checkpointing.save(state, str(partial_of(folder)), strategy, async_sharded_save=True)
-        except (OSError, RuntimeError, CheckpointException) as failure:
+        except CheckpointException as failure:  # on all ranks; an error of one rank alone must end it, not wait here
             error = _why_not_written(folder, first_cause(failure))
         self._fail_together(folder, error)
         described = {"format": FORMAT, **description, "model": asdict(model)}
@@ -115,10 +125,7 @@ class CheckpointWriter:
         if self._pending is None:
             return None
         busy = self._pending.thread is not None and self._pending.thread.is_alive()
-        anywhere = torch.tensor([int(busy)])
-        anywhere = anywhere.to(torch.cuda.current_device()) if dist.get_backend() == "nccl" else anywhere
-        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
-        return None if anywhere.item() else self.finish()
+        return None if _over_all_ranks(int(busy), dist.ReduceOp.MAX) else self.finish()
 
     def finish(self) -> Path | None:
         """Wait for the checkpoint that is being written and give it its name. Raises as :meth:`begin` does."""
@@ -146,18 +153,31 @@ class CheckpointWriter:
         self._fail_together(save.folder, error)
         return save.folder
 
-    def _make_room(self, folder: Path) -> None:
-        error = None
+    def _make_room(self, folder: Path, num_bytes: int) -> None:
+        """An empty ``<name>.partial`` that files can be written to, on a disk with room for ``num_bytes``."""
+        taken = error = None
         if dist.get_rank() == 0:
+            partial = partial_of(folder)
             try:
                 if folder.exists():
-                    error = f"{folder} exists already. Choose another output_dir or remove it."
+                    taken = f"{folder} exists already. Choose another output_dir or remove it."
                 else:
-                    shutil.rmtree(partial_of(folder), ignore_errors=True)
-                    partial_of(folder).mkdir(parents=True)
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+                    _write_probe(partial)
+                    if (free := shutil.disk_usage(partial).free) < num_bytes:
+                        error = (
+                            f"the checkpoint {folder} needs {num_bytes / 1e9:.3f} GB, but {free / 1e9:.3f} GB are free "
+                            f"in {folder.parent}. Nothing was written. Make room there, or choose another output_dir."
+                        )
             except OSError as failure:
-                error = f"the checkpoint {folder} cannot be written ({failure}). Choose another output_dir."
-        raise_together(error, FileExistsError)
+                error = (
+                    f"the checkpoint {folder} cannot be written ({failure}). Make room, or choose another output_dir."
+                )
+            if error is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+        raise_together(taken, FileExistsError)
+        raise_together(error, OSError)
 
     def _fail_together(self, folder: Path, error: str | None) -> None:
         """If any rank has an error: all of them raise it, and what was written is removed."""
@@ -182,6 +202,27 @@ def raise_together(error: str | None, kind: type[Exception]) -> None:
     dist.broadcast_object_list(box, src=0)
     if box[0] is not None:
         raise kind(box[0])
+
+
+def _num_bytes(state: dict[str, Any]) -> int:
+    """What this rank writes of a sharded state dict: of a tensor that several ranks hold one of them does."""
+    shards = (leaf for leaf in nested_values(state) if isinstance(leaf, (ShardedTensor, ShardedTensorFactory)))
+    return sum(shard.data.nbytes for shard in shards if shard.data is not None and is_main_replica(shard.replica_id))
+
+
+def _over_all_ranks(value: int, operation: dist.ReduceOp.RedOpType) -> int:
+    device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(total, op=operation)
+    return int(total.item())
+
+
+def _write_probe(folder: Path) -> None:
+    """Raises OSError where no file can be written. megatron-core finds that out on one rank, between collectives."""
+    probe = folder / ".probe"
+    probe.write_bytes(bytes(_PROBE_BYTES))
+    flush(probe)
+    probe.unlink()
 
 
 def first_cause(failure: BaseException) -> BaseException:

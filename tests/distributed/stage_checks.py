@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 import resource
+import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,10 +16,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from r1_megatron.checkpoint.contents import Contents
+from r1_megatron.checkpoint.optimizer_state import prepare_state
 from r1_megatron.checkpoint.store import load_checkpoint, save_weights
+from r1_megatron.checkpoint.writer import CheckpointWriter
 from r1_megatron.config.schema import (
     DataConfig,
     EvaluateConfig,
@@ -328,12 +334,50 @@ def save_twice(folder: str, parallel: ParallelConfig) -> tuple[str, str]:
     return "", "no error"
 
 
-def save_without_room(folder: str, parallel: ParallelConfig) -> tuple[str, str]:
-    """Type and text of what a save raises where no file may be larger than 64 KiB, as on a disk that is full."""
+def save_without_room(
+    folder: str, parallel: ParallelConfig, limit: int = 1 << 16, on: int | None = None
+) -> tuple[str, str]:
+    """Type and text of what a save raises where no file may be larger than ``limit`` bytes, as on a disk that is full.
+
+    ``on``: the only rank that meets it.
+    """
     groups, chunks = _model(parallel)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    if on in (None, dist.get_rank()):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
         save_weights(folder, chunks, groups, TINY, {"step": 1})
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
+
+
+def save_where_few_bytes_are_free(folder: str, parallel: ParallelConfig, free: int) -> tuple[str, str]:
+    """Type and text of what a save of weights and optimizer raises on a disk with so many bytes free, if anything."""
+    groups = build_process_groups(parallel)
+    cfg = replace(BASE, parallel=parallel)
+    policy = build_policy(cfg, groups)
+    prepare_state(policy.optimizer, 1)
+    state = Contents(policy.chunks, groups, policy.optimizer, random=True).sharded_state()
+    disk = shutil.disk_usage("/")._replace(free=free)
+    try:
+        with mock.patch("r1_megatron.checkpoint.writer.shutil.disk_usage", return_value=disk):
+            CheckpointWriter().begin(folder, state, {"step": 1}, cfg.model)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def save_with_a_rank_that_fails(folder: str, parallel: ParallelConfig, on: int) -> tuple[str, str]:
+    """Type and text of what a save raises if one rank cannot write what it adds to the checkpoint."""
+    groups, chunks = _model(parallel)
+
+    def write_more(partial: Path) -> None:
+        if dist.get_rank() == on:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial / "more"))
+
+    try:
+        state = Contents(chunks, groups).sharded_state()
+        CheckpointWriter().begin(folder, state, {"step": 1}, TINY, write_more)
     except Exception as error:
         return type(error).__name__, str(error)
     return "", "no error"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from r1_megatron.config.schema import RewardTermConfig
 from r1_megatron.telemetry.run_folder import last_checkpoint
 from tests.distributed.layouts import LAYOUTS, layout, world_size
 from tests.rank_pool import RankPool
+from tests.torch_dist import tensors_of
 
 STAGES = "tests.distributed.stage_checks"
 TP2PP2 = layout(tp=2, pp=2)
@@ -429,6 +431,54 @@ def test_a_save_without_room_says_so_and_leaves_nothing(ranks: RankPool, tmp_pat
         assert kind == "OSError"
         assert f"the checkpoint {folder} could not be written" in message and "GB are free there" in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_a_rank_that_cannot_add_its_files_ends_the_save_on_all(ranks: RankPool, tmp_path: Path, on: int) -> None:
+    folder = tmp_path / "final"
+    options = {"folder": str(folder), "parallel": LAYOUTS["pp2"], "on": on}
+    for kind, message in ranks.run(f"{STAGES}:save_with_a_rank_that_fails", 2, timeout_s=60.0, **options):
+        assert kind == "OSError"
+        assert f"the checkpoint {folder} could not be written (OSError: [Errno 28] No space left on device" in message
+        assert "Make room, or choose another output_dir" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_where_no_file_can_be_written_is_said_on_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    """Only rank 0 meets it, in the first file that it writes."""
+    folder = tmp_path / "final"
+    options = {"folder": str(folder), "parallel": LAYOUTS["pp2"], "limit": 100, "on": 0}
+    (tmp_path / "file").touch()
+    for kind, message in ranks.run(f"{STAGES}:save_without_room", 2, timeout_s=60.0, **options):
+        assert kind == "OSError"
+        assert f"the checkpoint {folder} cannot be written ([Errno 27] File too large). Make room, or choose" in message
+    options |= {"folder": str(tmp_path / "file/final")}
+    for kind, message in ranks.run(f"{STAGES}:save_without_room", 2, timeout_s=60.0, **options):
+        assert kind == "OSError" and "file/final cannot be written ([Errno 20] Not a directory" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["dp2", "tp2pp2ep2"])
+def test_a_disk_with_a_byte_too_few_is_said_before_anything_is_written(
+    ranks: RankPool, tmp_path: Path, name: str
+) -> None:
+    """What a checkpoint needs are the bytes of its tensors, each counted once, however many ranks hold a copy."""
+    folder, parallel = tmp_path / "final", LAYOUTS[name]
+
+    def save(free: int) -> list[tuple[str, str]]:
+        check = f"{STAGES}:save_where_few_bytes_are_free"
+        return ranks.run(check, world_size(parallel), folder=str(folder), parallel=parallel, free=free)
+
+    assert set(save(1 << 40)) == {("", "")}
+    size = sum(tensor.nbytes for tensor in tensors_of(folder).values())
+    shutil.rmtree(folder)
+    [(kind, message)] = set(save(size - 1))
+    assert kind == "OSError"
+    gigabytes = f"{size / 1e9:.3f} GB"
+    assert f"the checkpoint {folder} needs {gigabytes}, but {gigabytes} are free in {tmp_path}. " in message
+    assert "Nothing was written. Make room there, or choose another output_dir." in message
+    assert list(tmp_path.iterdir()) == []
+    assert set(save(size)) == {("", "")}
 
 
 def test_an_interrupted_save_is_never_taken_for_whole(ranks: RankPool, tmp_path: Path) -> None:
