@@ -80,6 +80,8 @@ class CheckpointWriter:
     ) -> Path | None:
         """Start to write ``state``, a sharded state dict; answers the folder if it is whole on return.
 
+        The checkpoint before it must be finished.
+
         Args:
             description: what a reader wants to know; it becomes ``checkpoint.json`` with the list of files.
             write_more: puts further files into the folder that it is given; called on every rank.
@@ -89,7 +91,7 @@ class CheckpointWriter:
             OSError: it cannot be written (a full disk, known before anything is written if there is no room for all of
                 it), on every rank; nothing is left of it.
         """
-        self.finish()
+        assert self._pending is None, "finish() answers what has become whole"
         folder = Path(folder)
         self._make_room(folder, _over_all_ranks(_num_bytes(state), dist.ReduceOp.SUM))
         error = None

@@ -121,6 +121,7 @@ class RunCheckpoints:
             if in_flight is not None:
                 save_in_flight(folder, in_flight, self.groups)
 
+        self._announce(self.writer.finish())
         with policy.gathered():
             state = contents.sharded_state()
             self._announce(self.writer.begin(self.folder / name, state, description, self.cfg.model, write_more))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,12 +13,14 @@ import torch
 from r1_megatron.checkpoint import writer as checkpoint_writer
 from r1_megatron.checkpoint.contents import Contents
 from r1_megatron.checkpoint.optimizer_state import prepare_state
+from r1_megatron.checkpoint.retention import saved_checkpoints
 from r1_megatron.checkpoint.store import save_weights
 from r1_megatron.config.schema import ParallelConfig
 from r1_megatron.model.build import build_model
 from r1_megatron.model.parameters import global_parameters
 from r1_megatron.parallel.groups import build_process_groups
 from r1_megatron.stages import grpo, sft
+from r1_megatron.telemetry.writers import RunLog
 from r1_megatron.train import step as train_step_module
 from r1_megatron.train.policy import build_policy
 from tests.distributed.stage_checks import BASE, stage_config
@@ -98,6 +101,29 @@ def _finish_unless(changed: threading.Event):
         return finish(self)
 
     return finish_now
+
+
+def announced_on_a_slow_disk(folder: str, parallel: ParallelConfig) -> list[list[str]]:
+    """The run, on a disk that has never finished with a checkpoint when the next one is due.
+
+    Answers, for every note that a checkpoint is whole, the one named and those that are there then.
+    """
+    announced = []
+    note = RunLog.note
+
+    def noted(self, text: str) -> None:
+        if text.startswith("checkpoint: "):
+            whole = [saved.path.name for saved in saved_checkpoints(f"{folder}/checkpoints")]
+            announced.append([Path(text.removeprefix("checkpoint: ")).name, *whole])
+        note(self, text)
+
+    sections = {"checkpoint": {"interval": 1, "keep_last": 1}, "train": {"steps": 4}}
+    with (
+        mock.patch.object(checkpoint_writer.CheckpointWriter, "poll", return_value=None),
+        mock.patch.object(RunLog, "note", noted),
+    ):
+        assert run(folder, parallel, sections) == ("", "")
+    return announced
 
 
 def save_with_nan(folder: str, parallel: ParallelConfig, name: str) -> None:

@@ -181,6 +181,17 @@ def test_training_goes_on_while_a_checkpoint_is_written(ranks: RankPool, half, t
     assert [name for name in written if not torch.equal(written[name], expected[name])] == []
 
 
+def test_a_checkpoint_that_the_next_one_waits_for_is_announced(ranks: RankPool, tmp_path: Path) -> None:
+    """Whole, it is named, and those before it go."""
+    [announced] = ranks.run(checks.announced_on_a_slow_disk, 1, folder=str(tmp_path), parallel=LAYOUTS["one"])
+    assert announced == [
+        ["step_000001", "step_000001"],
+        ["step_000002", "step_000001", "step_000002"],
+        ["step_000003", "step_000002", "step_000003"],
+        ["final", "step_000003", "final"],
+    ]
+
+
 @pytest.mark.parametrize("name", ["dp2", "tp2pp2ep2", "pp2vpp2", "tp2etp2"])
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "plain"])
 def test_the_optimizers_pieces_tile_every_tensor(ranks: RankPool, name: str, distributed: bool) -> None:
