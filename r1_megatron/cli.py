@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r1_megatron import __version__
-from r1_megatron.checkpoint.retention import newest_to_resume
+from r1_megatron.checkpoint.retention import result
 from r1_megatron.config.load import dump_config, load_config
 from r1_megatron.config.resume import changed_course
 from r1_megatron.config.schema import RunConfig
@@ -278,14 +278,15 @@ def _finished(config: RunConfig) -> str | None:
     folder = Path(config.output_dir)
     if not _can_resume(config) or not (folder / run_folder.CONFIG).is_file():
         return None
-    saved = newest_to_resume(folder / run_folder.CHECKPOINTS)
+    saved = result(folder / run_folder.CHECKPOINTS)
     if saved is None or saved.step < config.train.steps:
         return None
     if changed_course((folder / run_folder.CONFIG).read_text(encoding="utf-8"), config):
         return None
+    go_on = "Raise train.steps to go on, or choose" if saved.can_resume else "Choose"
     return (
         f"{config.name}: all {config.train.steps} steps are done, the result is {saved.path}. Nothing was started. "
-        "Raise train.steps to go on, or choose another output_dir to begin anew."
+        f"{go_on} another output_dir to begin anew."
     )
 
 

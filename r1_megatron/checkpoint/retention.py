@@ -1,6 +1,7 @@
 """The checkpoints of a run: which are whole, which is the newest, and which are kept.
 
-``checkpoints/`` holds ``step_000040`` and so on, ``final``, ``at_failure`` where a run broke off, the link ``best``.
+``checkpoints/`` holds ``step_000040`` and so on, ``final``, ``at_failure`` where a run broke off, the link ``best``,
+and ``damaged_*``, what was put aside: nobody looks at those again.
 Only names and ``checkpoint.json`` are read here; nothing of torch.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from r1_megatron.config.schema import CheckpointConfig
-from r1_megatron.telemetry.run_folder import CHECKPOINT, PARTIAL
+from r1_megatron.telemetry.run_folder import CHECKPOINT, DAMAGED, PARTIAL
 
 BEST = "best"
 FINAL = "final"
@@ -37,6 +38,11 @@ class Saved:
         """It was written between two steps, with everything that a run goes on from."""
         return "state" in self.description
 
+    @property
+    def is_at_failure(self) -> bool:
+        """It was written where a run broke off: no start, and in nobody's way."""
+        return self.path.name.startswith(AT_FAILURE)
+
 
 def step_name(step: int) -> str:
     return f"step_{step:06d}"
@@ -56,7 +62,7 @@ def saved_checkpoints(folder: str | Path) -> list[Saved]:
     is listed with an empty one, so that nobody takes it for absent."""
     found = []
     for path in Path(folder).glob(f"*/{CHECKPOINT}"):
-        if path.parent.suffix == PARTIAL or path.parent.name == BEST:
+        if path.parent.suffix == PARTIAL or path.parent.name == BEST or path.parent.name.startswith(DAMAGED):
             continue
         try:
             description = json.loads(path.read_text())
@@ -71,9 +77,15 @@ def newest_to_resume(folder: str | Path) -> Saved | None:
     return max((saved for saved in saved_checkpoints(folder) if saved.can_resume), key=_age, default=None)
 
 
+def result(folder: str | Path) -> Saved | None:
+    """The checkpoint of a run's latest step, weights alone or not."""
+    done = (saved for saved in saved_checkpoints(folder) if saved.description and not saved.is_at_failure)
+    return max(done, key=_age, default=None)
+
+
 def unreadable(folder: str | Path) -> list[Path]:
     """Checkpoints that were whole once and whose description cannot be read: how new they are nobody knows."""
-    return [saved.path for saved in saved_checkpoints(folder) if not saved.description]
+    return [saved.path for saved in saved_checkpoints(folder) if not (saved.description or saved.is_at_failure)]
 
 
 def before(folder: str | Path, saved: Saved) -> Saved | None:
@@ -96,16 +108,32 @@ def prepare(folder: str | Path) -> list[str]:
     return removed
 
 
-def make_room(folder: str | Path, start: Saved) -> Saved:
-    """Give way to the checkpoints that a run going on from ``start`` will write; answers where ``start`` is now.
+def in_the_way(folder: str | Path, start: Saved | None) -> list[Saved]:
+    """Weights alone under names that a run going on from ``start``, or beginning, comes to: it cannot go on from them,
+    and overwrites nothing."""
+    last = 0 if start is None else start.step
+    return [
+        saved
+        for saved in saved_checkpoints(folder)
+        if saved.description
+        and not (saved.can_resume or saved.is_at_failure)
+        and (saved.step > last or saved.path.name == FINAL)
+    ]
+
+
+def make_room(folder: str | Path, start: Saved | None) -> Saved | None:
+    """Give way to the checkpoints that a run going on from ``start``, or beginning, will write; answers where ``start``
+    is now.
 
     A ``final`` gets the name of its step. Those of later steps, which were damaged, are put aside under another name.
     """
     folder = Path(folder)
+    damaged = unreadable(folder)
     for saved in saved_checkpoints(folder):
-        if not saved.description or (saved.can_resume and _age(saved) > _age(start)):
-            saved.path.rename(folder / free_name(folder, f"damaged_{saved.path.name}"))
-    if start.path.name != FINAL:
+        later = saved.can_resume and (start is None or _age(saved) > _age(start))
+        if later or saved.path in damaged:
+            saved.path.rename(folder / free_name(folder, DAMAGED + saved.path.name))
+    if start is None or start.path.name != FINAL:
         return start
     target = folder / step_name(start.step)
     start.path.rename(target)
@@ -125,7 +153,7 @@ def apply_retention(folder: str | Path, cfg: CheckpointConfig) -> list[str]:
     """
     folder = Path(folder)
     saved = saved_checkpoints(folder)
-    ranked = [one for one in saved if score(one.description, cfg) is not None and one.path.name != AT_FAILURE]
+    ranked = [one for one in saved if score(one.description, cfg) is not None and not one.is_at_failure]
     ranked.sort(key=lambda one: (-(score(one.description, cfg) or 0.0), one.step))
     if ranked:
         _link(folder / BEST, ranked[0].path.name)

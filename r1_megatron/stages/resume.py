@@ -11,6 +11,7 @@ import torch.distributed as dist
 from r1_megatron.checkpoint import retention
 from r1_megatron.checkpoint.contents import Contents
 from r1_megatron.checkpoint.store import DamagedCheckpoint, load_checkpoint, verify_together
+from r1_megatron.checkpoint.writer import raise_together
 from r1_megatron.config.schema import ParallelConfig, RunConfig
 from r1_megatron.telemetry import run_folder
 from r1_megatron.train.policy import Policy
@@ -29,6 +30,7 @@ def find_start(cfg: RunConfig) -> retention.Saved | None:
     Raises:
         DamagedCheckpoint: files of the newest checkpoint are not those that were written. The message names them and
             the checkpoint before it, which ``checkpoint.on_damaged=previous`` takes by itself.
+        ValueError: checkpoints without the optimizer's state are where the run would write its own.
     """
     if not can_resume(cfg):
         return None
@@ -44,8 +46,9 @@ def find_start(cfg: RunConfig) -> retention.Saved | None:
         older = _from_first_rank(retention.before(folder, saved) if is_first else None)
         _pass_over(cfg, f"the newest checkpoint {saved.path} is damaged or incomplete: {problems}", older)
         saved = older
+    raise_together(_what_is_in_the_way(folder, saved) if is_first else None, ValueError)
     if is_first:
-        saved = None if saved is None else retention.make_room(folder, saved)
+        saved = retention.make_room(folder, saved)
         run_folder.cut_back(cfg.output_dir, {} if saved is None else saved.description["state"]["log"])
     return _from_first_rank(saved)
 
@@ -60,6 +63,19 @@ def _pass_over(cfg: RunConfig, problem: str, older: retention.Saved | None) -> N
         )
     if dist.get_rank() == 0:
         print(f"{problem}. Going on from {older.path if older else 'the beginning'} instead.", flush=True)
+
+
+def _what_is_in_the_way(folder: Path, start: retention.Saved | None) -> str | None:
+    found = retention.in_the_way(folder, start)
+    if not found:
+        return None
+    names = ", ".join(saved.path.name for saved in found[:8]) + (", ..." if len(found) > 8 else "")
+    return (
+        f"output_dir: {folder} holds {names}, saved without the optimizer (checkpoint.save_optimizer=false). The run "
+        f"cannot go on from there; it would start {f'after step {start.step}' if start else 'from the beginning'} and "
+        "meet them, and nothing is overwritten. Choose another output_dir, with "
+        f"checkpoint.load={found[-1].path} to start from these weights, or remove them."
+    )
 
 
 def restore(cfg: RunConfig, saved: retention.Saved, policy: Policy) -> None:

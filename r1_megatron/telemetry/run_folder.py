@@ -36,6 +36,8 @@ CHECKPOINTS = "checkpoints"
 # In every whole checkpoint: what it holds. While one is being written its folder's name ends in PARTIAL.
 CHECKPOINT = "checkpoint.json"
 PARTIAL = ".partial"
+# How the name of a damaged checkpoint begins that a run has put aside.
+DAMAGED = "damaged_"
 
 # Where the remains of starts that failed before their first result go: failed_starts/1, failed_starts/2, ...
 FAILED_STARTS = "failed_starts"
@@ -162,9 +164,12 @@ def cut_back(folder: str | Path, sizes: Mapping[str, int]) -> None:
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint of a run. A checkpoint gets its ``checkpoint.json`` and its name when it is whole."""
     found = Path(folder, CHECKPOINTS).glob(f"*/{CHECKPOINT}")
-    whole = (path for path in found if path.parent.suffix != PARTIAL and not path.parent.is_symlink())
-    newest = max(whole, key=lambda path: path.stat().st_mtime_ns, default=None)
-    return newest.parent if newest else None
+    whole = (
+        path.parent
+        for path in found
+        if not (path.parent.is_symlink() or path.parent.suffix == PARTIAL or path.parent.name.startswith(DAMAGED))
+    )
+    return max(whole, key=lambda folder: (folder / CHECKPOINT).stat().st_mtime_ns, default=None)
 
 
 def _refusal(folder: Path, found: list[str]) -> str:

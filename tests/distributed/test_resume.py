@@ -152,6 +152,53 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_offered(ranks: 
     ]
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_begins_anew(ranks: RankPool, half, tmp_path: Path) -> None:
+    first, whole = half("ep2")
+    folder = Path(shutil.copytree(first, tmp_path / "run"))
+    flip(folder / "checkpoints/step_000001/__0_0.distcp")
+    (folder / "checkpoints/step_000002/checkpoint.json").write_text("{")
+    assert go(ranks, folder, "ep2")[0] == "DamagedCheckpoint"
+    assert go(ranks, folder, "ep2", {"checkpoint": {"on_damaged": "previous"}}) == ("", "")
+    assert differences(folder, whole) == []
+    aside = {path.name for path in (folder / "checkpoints").glob("damaged_*")}
+    assert aside == {"damaged_step_000001", "damaged_step_000002"}
+
+
+def test_where_a_run_broke_off_is_in_nobodys_way(ranks: RankPool, half, tmp_path: Path) -> None:
+    first, whole = half("ep2")
+    folder = Path(shutil.copytree(first, tmp_path / "run"))
+    shutil.rmtree(folder / "checkpoints/step_000001")
+    broken_off = (folder / "checkpoints/step_000002").rename(folder / "checkpoints/at_failure") / "checkpoint.json"
+    description = json.loads(broken_off.read_text())
+    del description["state"]
+    broken_off.write_text(json.dumps(description))
+    assert go(ranks, folder, "ep2") == ("", "")
+    assert differences(folder, whole) == []
+    assert json.loads(broken_off.read_text()) == description
+
+
+def test_weights_alone_are_refused_before_any_step(ranks: RankPool, half, tmp_path: Path) -> None:
+    """Nothing is changed then; they are in the way of a run from the beginning and of one that goes on before them."""
+    weights_only = {"checkpoint": {"save_optimizer": False}}
+    first, _ = half("ep2")
+    anew, later = tmp_path / "anew", Path(shutil.copytree(first, tmp_path / "later"))
+    assert go(ranks, anew, "ep2", steps(weights_only, 2)) == ("", "")
+    assert go(ranks, later, "ep2", weights_only) == ("", "")
+    for folder, names, start in (
+        (anew, "step_000001, final", "from the beginning"),
+        (later, "step_000003, final", "after step 2"),
+    ):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        kind, message = go(ranks, folder, "ep2")
+        assert kind == "ValueError"
+        assert f"output_dir: {folder}/checkpoints holds {names}, saved without the optimizer" in message
+        assert f"(checkpoint.save_optimizer=false). The run cannot go on from there; it would start {start}" in message
+        assert f"Choose another output_dir, with checkpoint.load={folder}/checkpoints/final to start from" in message
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    remedy = {"checkpoint": {"load": str(anew / "checkpoints/final")}}
+    assert go(ranks, tmp_path / "other", "ep2", steps(remedy, 1)) == ("", "")
+
+
 def test_a_description_that_cannot_be_read_is_named(ranks: RankPool, half, tmp_path: Path) -> None:
     first, whole = half("ep2")
     folder = Path(shutil.copytree(first, tmp_path / "run"))

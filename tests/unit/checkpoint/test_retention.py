@@ -11,11 +11,13 @@ import pytest
 from r1_megatron.checkpoint import retention
 from r1_megatron.config.schema import CheckpointConfig
 
+METRIC = "eval/sampled_accuracy"
+
 
 def save(folder: Path, name: str, step: int, score: float | None = None, **more: Any) -> Path:
     path = folder / name
     path.mkdir(parents=True)
-    evaluation = {} if score is None else {"eval/sampled_accuracy": score}
+    evaluation = {} if score is None else {METRIC: score}
     description = {"step": step, "state": {}, "evaluation": evaluation, **more}
     (path / "checkpoint.json").write_text(json.dumps(description))
     return path
@@ -66,9 +68,51 @@ def test_final_gives_way_to_a_run_that_goes_on(tmp_path: Path) -> None:
 
 def test_what_was_damaged_is_put_aside(tmp_path: Path) -> None:
     start = retention.Saved(save(tmp_path, "step_000010", 10), {"step": 10, "state": {}})
-    save(tmp_path, "step_000020", 20)
+    save(tmp_path, "step_000020", 20, 0.9)
     retention.make_room(tmp_path, start)
     assert names(tmp_path) == {"step_000010", "damaged_step_000020"}
+    save(tmp_path, "step_000020", 20, 0.5)
+    newest = retention.newest_to_resume(tmp_path)
+    assert newest is not None and newest.path.name == "step_000020", "what was put aside is no start any more"
+    assert newest == retention.result(tmp_path)
+    retention.make_room(tmp_path, newest)
+    retention.apply_retention(tmp_path, CheckpointConfig())
+    assert names(tmp_path) == {"step_000010", "damaged_step_000020", "step_000020", "best"}
+    assert (tmp_path / "best").readlink() == Path("step_000020")
+    retention.make_room(tmp_path, None)
+    assert names(tmp_path) == {"damaged_step_000010", "damaged_step_000020", "damaged_step_000020_2", "best"}
+
+
+def test_weights_alone_are_in_the_way_of_a_run_that_comes_to_their_names(tmp_path: Path) -> None:
+    for name, step in (("step_000000", 0), ("step_000010", 10), ("final", 20), ("at_failure_2", 30)):
+        save(tmp_path, name, step)
+        (tmp_path / name / "checkpoint.json").write_text(json.dumps({"step": step}))
+    start = retention.Saved(save(tmp_path, "step_000015", 15), {"step": 15, "state": {}})
+
+    def in_the_way(start: retention.Saved | None) -> list[str]:
+        return [saved.path.name for saved in retention.in_the_way(tmp_path, start)]
+
+    assert in_the_way(None) == ["step_000010", "final"]
+    assert in_the_way(start) == ["final"]
+    assert in_the_way(retention.Saved(start.path, {"step": 25, "state": {}})) == ["final"]
+    result = retention.result(tmp_path)
+    assert result is not None and result.path.name == "final"
+
+
+def test_where_a_run_broke_off_is_no_start_and_in_nobodys_way(tmp_path: Path) -> None:
+    for name in ("at_failure", "at_failure_2"):
+        save(tmp_path, name, 5, 0.9)
+        (tmp_path / name / "checkpoint.json").write_text(json.dumps({"step": 5, "evaluation": {METRIC: 0.9}}))
+    save(tmp_path, "at_failure_3", 5)
+    (tmp_path / "at_failure_3/checkpoint.json").write_text("{cut")
+    assert retention.newest_to_resume(tmp_path) is None and retention.result(tmp_path) is None
+    assert retention.in_the_way(tmp_path, None) == [] and retention.unreadable(tmp_path) == []
+    assert retention.make_room(tmp_path, None) is None
+    assert retention.free_name(tmp_path, retention.AT_FAILURE) == "at_failure_4"
+    save(tmp_path, "step_000001", 1, 0.5)
+    retention.apply_retention(tmp_path, CheckpointConfig())
+    assert names(tmp_path) == {"at_failure", "at_failure_2", "at_failure_3", "step_000001", "best"}
+    assert (tmp_path / "best").readlink() == Path("step_000001")
 
 
 @pytest.mark.parametrize(

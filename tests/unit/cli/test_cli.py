@@ -77,6 +77,10 @@ def test_the_same_run_goes_on_until_its_steps_are_done(launched, tmp_path, capsy
     assert "trial: all 100 steps are done, the result is out/checkpoints/final. Nothing was started." in (
         capsys.readouterr().out
     )
+    (final / "checkpoint.json").write_text(json.dumps({"step": 100}))  # checkpoint.save_optimizer=false
+    assert cli.main([*start, "train.steps=100"]) == 0
+    shown = capsys.readouterr().out
+    assert "all 100 steps are done, the result is out/checkpoints/final. Nothing was started. Choose another" in shown
     assert len(launched.calls) == 2
 
 

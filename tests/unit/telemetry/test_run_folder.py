@@ -158,7 +158,7 @@ def test_write_atomic_gives_the_permissions_of_an_ordinary_file(tmp_path):
 
 def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
     assert run_folder.last_checkpoint(tmp_path) is None
-    for age, name in ((30, "step_5"), (20, "step_10"), (10, "step_15.partial")):
+    for age, name in ((30, "step_5"), (20, "step_10"), (10, "step_15.partial"), (5, "damaged_step_20")):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "checkpoint.json").write_text("{}")
         os.utime(tmp_path / "checkpoints" / name / "checkpoint.json", (1e9 - age, 1e9 - age))
