@@ -18,7 +18,7 @@ from r1_megatron.config.schema import ParallelConfig
 from tests import oracle as o
 from tests.distributed.layouts import LAYOUTS, layout, world_size
 from tests.distributed.references import ADAMW
-from tests.distributed.train_checks import NORMAL
+from tests.distributed.train_bench import NORMAL
 from tests.rank_pool import RankPool
 from tests.tiny import VARIANTS
 

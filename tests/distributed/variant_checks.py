@@ -18,7 +18,8 @@ from r1_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, Tr
 from r1_megatron.model.build import build_model
 from r1_megatron.parallel.groups import build_process_groups
 from tests.distributed.rollout_checks import check_rollouts
-from tests.distributed.train_checks import NORMAL, Bench, gradients_of, optimizer_config, optimizer_trajectory
+from tests.distributed.train_bench import NORMAL, Bench, gradients_of
+from tests.distributed.update_checks import optimizer_config, optimizer_trajectory
 from tests.tiny import VARIANTS
 
 Answers = dict[str, Any]
