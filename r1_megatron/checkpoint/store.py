@@ -35,6 +35,9 @@ from r1_megatron.parallel.device import cuda_type_names
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.telemetry.run_folder import CHECKPOINT, PARTIAL
 
+# A matter of the machine: it says nothing about the checkpoint that was being read.
+_OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
 
 class DamagedCheckpoint(ValueError):
     """The files of a checkpoint are not those that were written; the message names checkpoint, files and tensors."""
@@ -92,11 +95,15 @@ def load_checkpoint(
             set_random_states({name: rows[0] for name, rows in loaded["random"].items()})
     except CheckpointException as error:  # torch's, on all ranks; it is no Exception and holds one of them per rank
         cause = first_cause(error)
+        if isinstance(cause, _OUT_OF_MEMORY):
+            raise cause from error
         if not isinstance(cause, (CheckpointingException, KeyError)):
             raise DamagedCheckpoint(_damaged(folder, field, f"{type(cause).__name__}: {cause}")) from error
         raise ValueError(f"{field}: {folder} does not hold this model: {cause}") from error
     except (CheckpointingException, KeyError) as error:
         raise ValueError(f"{field}: {folder} does not hold this model: {error}") from error
+    except _OUT_OF_MEMORY:
+        raise
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
         raise DamagedCheckpoint(_damaged(folder, field, f"{type(error).__name__}: {error}")) from error
     _check_finite(folder, contents, model, field)

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint import FileSystemReader
 
 from r1_megatron.checkpoint.contents import Contents
 from r1_megatron.checkpoint.optimizer_state import prepare_state
@@ -309,6 +310,24 @@ def load_named(folder: str, parallel: ParallelConfig, experts: str = "auto") -> 
         if not torch.equal(expected, found):
             wrong.append(parameter.name)
     return {"names": names, "wrong": wrong, "description": description}
+
+
+def load_without_memory(folder: str, parallel: ParallelConfig) -> tuple[str, str]:
+    """Type and text of what a load raises whose last rank has no memory for what it reads."""
+    groups, chunks = _model(parallel)
+    read_data = FileSystemReader.read_data
+
+    def read(self, plan, planner):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return read_data(self, plan, planner)
+
+    try:
+        with mock.patch.object(FileSystemReader, "read_data", read):
+            load_checkpoint(folder, Contents(chunks, groups), TINY)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
 
 
 def content(parameter: GlobalParameter) -> torch.Tensor:

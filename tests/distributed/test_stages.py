@@ -414,6 +414,11 @@ def test_expert_modules_read_each_others_checkpoints(ranks: RankPool, saved, wri
         assert any("local_experts" in name for name in answer["names"])
 
 
+def test_a_load_without_memory_does_not_blame_the_checkpoint(ranks: RankPool, saved) -> None:
+    answers = ranks.run(f"{STAGES}:load_without_memory", 2, folder=saved("ep2"), parallel=LAYOUTS["dp2"])
+    assert answers == [("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB.")] * 2
+
+
 def test_a_checkpoint_is_never_overwritten(ranks: RankPool, tmp_path: Path) -> None:
     folder = tmp_path / "final"
     for kind, message in ranks.run(f"{STAGES}:save_twice", 2, folder=str(folder), parallel=LAYOUTS["dp2"]):
