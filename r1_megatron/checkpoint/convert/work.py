@@ -43,7 +43,7 @@ class Resources:
     """What a conversion may use, and whether it tells how far it is.
 
     Attributes:
-        workers: processes; ``None``: two per core, as each waits for the disk now and then, at most 8.
+        workers: processes; ``None``: one more than cores, as each waits for the disk now and then, at most 8.
         max_memory: bytes of all processes together, beyond what Python and torch take by themselves.
     """
 
@@ -56,7 +56,7 @@ class Resources:
         if self.workers is not None:
             return self.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(8, 2 * cores)
+        return min(8, cores + 1)
 
     def slice_elements(self, num_tensors: int) -> int:
         """Elements that a worker may hold at a time.
