@@ -156,7 +156,9 @@ def _add_convert_parser(commands: argparse._SubParsersAction) -> None:
     verify = kinds.add_parser("verify", help="read a converted folder again and compare it with its manifest")
     verify.add_argument("source", metavar="PATH", type=Path)
     for kind in (from_hf, to_hf, verify):
-        kind.add_argument("--workers", metavar="N", type=int, help="processes (default: one more than cores, at most 8)")
+        kind.add_argument(
+            "--workers", metavar="N", type=int, help="processes (default: one more than cores, at most 8)"
+        )
         kind.add_argument(
             "--max-memory", metavar="SIZE", default="2GB", help="of all processes, beyond Python's own (default: 2GB)"
         )

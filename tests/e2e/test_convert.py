@@ -503,9 +503,7 @@ def test_nan_in_a_checkpoint_is_named(converted: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(converted, checkpoint)
     change_element(checkpoint, "decoder.final_layernorm.weight", (3,), float("nan"))
-    with pytest.raises(
-        ValueError, match=r"\.distcp: decoder\.final_layernorm\.weight \(model\.norm\.weight\).*\[3\]"
-    ):
+    with pytest.raises(ValueError, match=r"\.distcp: decoder\.final_layernorm\.weight \(model\.norm\.weight\).*\[3\]"):
         to_hugging_face(checkpoint, tmp_path / "out", ExportOptions(), QUIET)
 
 

@@ -118,8 +118,7 @@ def to_hugging_face(
 def check_small_files(checkpoint: Path, description: Mapping[str, Any]) -> None:
     """All but the weights against ``checkpoint.json``: sha256 of the small files, sizes of the parts.
 
-    The parts' bytes are checked while they are read: by the tensors' sha256, if there is a manifest, else by the CRC-32
-    of every chunk.
+    The parts' bytes are checked while they are read, by the CRC-32 of every chunk.
     """
     files = description.get("files") or {}
     parts = [name for name in files if name.endswith(".distcp")]
