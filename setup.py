@@ -214,6 +214,8 @@ setup(
             "nvidia-cuda-nvdisasm>=13; platform_system == 'Linux'",
         ],
         "track": ["wandb"],
+        # What tools/bench_vs_trl.py compares with.
+        "bench": ["trl>=1.16", "transformers>=5.0", "accelerate", "datasets"],
     },
     entry_points={"console_scripts": ["r1-megatron = r1_megatron.cli:main"]},
 )

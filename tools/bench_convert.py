@@ -23,7 +23,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -33,36 +32,10 @@ import psutil
 
 from r1_megatron.checkpoint.convert.work import Resources
 from tools.measure import cpu_name, table
+from tools.memory_watch import MemoryWatch
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-_EVERY_S = 0.02
-
-
-class MemoryWatch(threading.Thread):
-    """The largest memory of a process and all below it, sampled."""
-
-    def __init__(self, process: int) -> None:
-        super().__init__(daemon=True)
-        self._process, self.peak = psutil.Process(process), 0
-
-    def run(self) -> None:
-        while self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE:
-            self.peak = max(self.peak, self._now())
-            time.sleep(_EVERY_S)
-
-    def _now(self) -> int:
-        total = 0
-        try:
-            family = [self._process, *self._process.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return 0
-        for process in family:
-            try:
-                total += process.memory_full_info().pss
-            except (psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError):
-                continue
-        return total
 
 
 def bare_interpreter() -> int:

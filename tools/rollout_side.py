@@ -1,0 +1,107 @@
+"""Our side of the rollout comparison of ``bench_vs_trl.py``: the engine of a run, driven without the rest of a step.
+
+    python tools/rollout_side.py FILE.yaml RESULT.json --seed 1
+
+Starts the ranks of the configuration. One call of the engine, on all of them together, after a short one that warms it
+up; rank 0 writes the seconds and the tokens drawn. The samples are scored by the training forward as well:
+``difference`` is the largest between the two log-probabilities of a drawn token, and ``samples`` are some of those
+sequences, for a third opinion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from r1_megatron.config.load import load_config
+from r1_megatron.config.schema import RunConfig
+from r1_megatron.parallel.launch import launch
+from r1_megatron.parallel.rank import adopt_rank, run_as_rank
+from r1_megatron.stages.setup import Run, open_run
+from r1_megatron.topology import Topology
+from r1_megatron.types import Rollout, TrainSample
+
+WARM_UP_TOKENS = 8
+_NUM_SHOWN = 4
+
+
+def measure(cfg: RunConfig, seed: int) -> dict[str, Any]:
+    """Seconds and drawn tokens of a step's rollouts, of all ranks together."""
+    with open_run(cfg) as run:
+        prompts = run.train_prompts[: cfg.rollout.prompts_per_step][run.groups.dp_rank :: run.groups.topology.dp]
+        generate(run, prompts, WARM_UP_TOKENS, seed)
+        dist.barrier()
+        began = time.perf_counter()
+        rollouts = generate(run, prompts, cfg.sampling.max_new_tokens, seed)
+        dist.barrier()
+        seconds = time.perf_counter() - began
+        num_drawn = torch.tensor(sum(rollout.num_response for rollout in rollouts))
+        dist.all_reduce(num_drawn, group=run.groups.dp)
+        difference = torch.tensor(training_difference(run, rollouts))
+        dist.all_reduce(difference, op=dist.ReduceOp.MAX)
+    samples = [
+        {"tokens": r.tokens.tolist(), "prompt_len": r.prompt_len, "logprobs": r.logprobs.tolist()}
+        for r in rollouts[:_NUM_SHOWN]
+    ]
+    return {"seconds": seconds, "tokens": num_drawn.item(), "difference": difference.item(), "samples": samples}
+
+
+def generate(run: Run, prompts: Sequence[Any], new_tokens: int, seed: int) -> list[Rollout]:
+    """This replica's completions, as ``stages/grpo.py`` asks for them."""
+    sampling = replace(run.cfg.sampling, max_new_tokens=new_tokens)
+    with run.policy.gathered():
+        groups = run.engine.generate(prompts, run.cfg.rollout.samples_per_prompt, sampling, seed=seed)
+    return [rollout for group in groups for rollout in group]
+
+
+def training_difference(run: Run, rollouts: Sequence[Rollout]) -> float:
+    """The largest |training - rollout| log-probability of a drawn token of this replica, in nats."""
+    samples = []
+    for rollout in rollouts:
+        zeros = np.zeros(len(rollout.tokens), np.float32)
+        samples.append(TrainSample(rollout.tokens, zeros.astype(bool), zeros, zeros))
+    trained = run.policy.logprobs(samples, run.cfg.sampling.temperature)
+    return max(
+        float(np.abs(values[rollout.prompt_len - 1 : -1] - rollout.logprobs).max())
+        for values, rollout in zip(trained, rollouts)
+    )
+
+
+def main() -> int:
+    """From the command line, and as a rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    cfg = load_config(arguments.file)
+    if not adopt_rank():
+        world_size = Topology.from_config(cfg.parallel).world_size
+        ended = launch([sys.executable, *sys.argv], world_size, log_dir=Path(cfg.output_dir) / "logs")
+        if ended.failure:
+            print(ended.failure.message(), file=sys.stderr)
+        return ended.exit_code
+
+    def body() -> None:
+        found = measure(cfg, arguments.seed)
+        if os.environ["RANK"] == "0":
+            arguments.result.write_text(json.dumps(found))
+
+    return run_as_rank(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
