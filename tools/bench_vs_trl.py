@@ -165,6 +165,7 @@ class Bench:
             "reward": {"terms": [{"function": "tools.rl_workload:reward"}]},
             "rl": {"advantage_normalization": "std", "aggregation": "token_mean", "kl_coef": 0.0},
             "train": {"steps": WARM_UP_STEPS + MEASURED_STEPS, "lr": work.learning_rate},
+            "evaluate": {"num_prompts": 0},
             "checkpoint": {"load": str(self.folder / f"{model}_checkpoint"), "save_optimizer": False},
             "telemetry": {"tensorboard": False, "report": "none", "num_samples": 0},
         }

@@ -42,7 +42,7 @@ def measure(cfg: RunConfig, seed: int) -> dict[str, Any]:
     """Seconds and drawn tokens of a step's rollouts, of all ranks together."""
     with open_run(cfg) as run:
         prompts = run.train_prompts[: cfg.rollout.prompts_per_step][run.groups.dp_rank :: run.groups.topology.dp]
-        generate(run, prompts, WARM_UP_TOKENS, seed)
+        generate(run, prompts, min(WARM_UP_TOKENS, cfg.sampling.max_new_tokens), seed)
         dist.barrier()
         began = time.perf_counter()
         rollouts = generate(run, prompts, cfg.sampling.max_new_tokens, seed)
