@@ -5,7 +5,8 @@
 Starts the ranks of the configuration. One call of the engine, on all of them together, after a short one that warms it
 up; rank 0 writes the seconds and the tokens drawn. The samples are scored by the training forward as well:
 ``difference`` is the largest between the two log-probabilities of a drawn token, and ``samples`` are some of those
-sequences, for a third opinion.
+sequences, for a third opinion. With ``rollout.router_replay`` there is also ``difference_replayed``, where training
+takes the rollout's experts: what is left then is rounding, without the ties of the router that rounding decides.
 """
 
 from __future__ import annotations
@@ -50,13 +51,14 @@ def measure(cfg: RunConfig, seed: int) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         num_drawn = torch.tensor(sum(rollout.num_response for rollout in rollouts))
         dist.all_reduce(num_drawn, group=run.groups.dp)
-        difference = torch.tensor(training_difference(run, rollouts))
-        dist.all_reduce(difference, op=dist.ReduceOp.MAX)
+        found = {"seconds": seconds, "tokens": num_drawn.item(), "difference": training_difference(run, rollouts)}
+        if cfg.rollout.router_replay:
+            found["difference_replayed"] = training_difference(run, rollouts, replay=True)
     samples = [
         {"tokens": r.tokens.tolist(), "prompt_len": r.prompt_len, "logprobs": r.logprobs.tolist()}
         for r in rollouts[:_NUM_SHOWN]
     ]
-    return {"seconds": seconds, "tokens": num_drawn.item(), "difference": difference.item(), "samples": samples}
+    return found | {"samples": samples}
 
 
 def generate(run: Run, prompts: Sequence[Any], new_tokens: int, seed: int) -> list[Rollout]:
@@ -67,17 +69,21 @@ def generate(run: Run, prompts: Sequence[Any], new_tokens: int, seed: int) -> li
     return [rollout for group in groups for rollout in group]
 
 
-def training_difference(run: Run, rollouts: Sequence[Rollout]) -> float:
-    """The largest |training - rollout| log-probability of a drawn token of this replica, in nats."""
+def training_difference(run: Run, rollouts: Sequence[Rollout], replay: bool = False) -> float:
+    """The largest |training - rollout| log-probability of a drawn token of any rank, in nats."""
     samples = []
     for rollout in rollouts:
         zeros = np.zeros(len(rollout.tokens), np.float32)
-        samples.append(TrainSample(rollout.tokens, zeros.astype(bool), zeros, zeros))
-    trained = run.policy.logprobs(samples, run.cfg.sampling.temperature)
-    return max(
+        experts = rollout.routed_experts
+        samples.append(TrainSample(rollout.tokens, zeros.astype(bool), zeros, zeros, routed_experts=experts))
+    trained = run.policy.logprobs(samples, run.cfg.sampling.temperature, replay)
+    worst = max(
         float(np.abs(values[rollout.prompt_len - 1 : -1] - rollout.logprobs).max())
         for values, rollout in zip(trained, rollouts)
     )
+    anywhere = torch.tensor(worst)
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+    return anywhere.item()
 
 
 def main() -> int:

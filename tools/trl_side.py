@@ -52,16 +52,17 @@ def generate(model_folder: str, workload: Workload, prompts: list[str], new_toke
 
 
 def score(model_folder: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """The largest difference from the log-probabilities that came with the samples."""
+    """Median and maximum of |difference| from the log-probabilities that came with the samples, over all tokens."""
     model, _ = _load(model_folder)
-    worst = 0.0
+    differences = []
     with torch.no_grad():
         for sample in samples:
             tokens = torch.tensor(sample["tokens"])
             logprobs = model(input_ids=tokens[None]).logits[0].float().log_softmax(-1)
             drawn = logprobs[:-1].gather(1, tokens[1:, None])[sample["prompt_len"] - 1 :, 0]
-            worst = max(worst, (drawn - torch.tensor(sample["logprobs"])).abs().max().item())
-    return {"difference": worst}
+            differences.append((drawn - torch.tensor(sample["logprobs"])).abs())
+    all_tokens = torch.cat(differences)
+    return {"median": all_tokens.median().item(), "max": all_tokens.max().item()}
 
 
 def grpo(

@@ -24,10 +24,10 @@ def bench(tmp_path_factory) -> Bench:
 
 
 def test_both_sides_hold_the_same_model_and_draw_full_length_completions(bench):
-    found = bench.our_rollouts(EP2, "full", TINY.new_tokens, seed=0)
+    found = bench.our_rollouts(EP2, "full", TINY.new_tokens, seed=0, replay=True)
     assert found["tokens"] == TINY.num_completions * TINY.new_tokens and found["seconds"] > 0
-    assert found["difference"] < 1e-4
-    assert trl_side.score(str(bench.folder / "full"), found["samples"])["difference"] < 1e-4
+    assert found["difference"] < 1e-4 and found["difference_replayed"] < 1e-4
+    assert trl_side.score(str(bench.folder / "full"), found["samples"])["max"] < 1e-4
     prompts = read_prompts(bench.folder / "prompts.jsonl")
     peers = trl_side.generate(str(bench.folder / "full"), TINY, prompts, TINY.new_tokens, seed=0)
     assert peers["tokens"] == found["tokens"]
@@ -59,12 +59,13 @@ def test_goals_are_judged_and_the_missed_one_is_shown(bench, capsys):
     for name, rollout in (("1 rank, 2 threads", 900.0), ("DP2", 1000.0), ("generate", 200.0)):
         for model in END_WEIGHT:
             made.note(f"{name}, {model}", rollout=rollout, tokens=24)
-    made.note("compared", rollout_training=2e-4)
+    made.note("compared", difference=2e-4, replayed=1e-6)
     full, tailed = report(made, ["rollout"])
     assert full.ours == "1000 tok/s (DP2)" and full.ratio == 5.0 and full.met is False
     assert tailed.goal is None and tailed.met is None
     shown = capsys.readouterr().out
-    assert "| NO |" in shown.replace("  ", " ") and "2.0e-04 (limit 1e-04: NO)" in shown
+    assert "| NO |" in shown.replace("  ", " ") and "own experts: 2.0e-04 (limit 1e-04: NO)" in shown
+    assert "replayed: 1.0e-06 (limit 1e-04: yes)" in shown
     assert Goal("", "", "", 0.67, 1 / 1.5).met
 
 
