@@ -1,13 +1,13 @@
 """r1_megatron against TRL's ``GRPOTrainer`` and Transformers' ``generate``, on this CPU, in the same run.
 
-    python tools/bench_vs_trl.py                                # everything, 15 minutes on 2 cores
+    python tools/bench_vs_trl.py                                # everything, 12 minutes on 2 cores
     python tools/bench_vs_trl.py --only rollout --rounds 1      # one of: rollout, train, scaling
     python tools/bench_vs_trl.py --peer-python /path/to/venv/bin/python    # where TRL is, if not here
 
 Both sides get the same random DeepSeek-V3-style model (the preset ``bench_256``), the same prompts, numbers of samples,
 lengths, reward and precision (fp32), and 2 threads in all. In every round each candidate runs once, ours and the peer's
-in turn, in processes of its own; a warm-up before the figures does not count. The median over all rounds counts, and
-each side's best layout.
+in turn, in processes of its own: a warm-up, which does not count, and two repetitions. The median over all rounds
+counts, and each side's best layout.
 
 * rollout: 64 completions. 128 new tokens inside of a GRPO step; 256 by the engine alone against ``generate`` at batch
   64; and completions that end by themselves, by the same law on both sides (mean 50, at most 256 tokens).
@@ -47,7 +47,8 @@ CORES = 2
 PARTS = ("rollout", "train", "scaling")
 # Of log-probabilities in fp32: rollout against training, and both sides against each other.
 DIFFERENCE_LIMIT = 1e-4
-WARM_UP_STEPS, MEASURED_STEPS = 1, 2
+# Of every process: steps or calls of one candidate in one round.
+WARM_UP_STEPS, REPEATS = 1, 2
 _MEMORY_EVERY_S = 0.2
 
 
@@ -123,7 +124,7 @@ class Bench:
         """Weights for both sides, prompts, and the workload as the peer's process reads it."""
         for name, end_weight in END_WEIGHT.items():
             convert(write_model(self.folder / name, end_weight), self.folder / f"{name}_checkpoint")
-        write_prompts(self.folder / "prompts.jsonl", self.workload, WARM_UP_STEPS + MEASURED_STEPS)
+        write_prompts(self.folder / "prompts.jsonl", self.workload, WARM_UP_STEPS + REPEATS)
         self.workload.save(self.folder / "workload.json")
 
     def note(self, candidate: str, **values: float) -> None:
@@ -164,7 +165,7 @@ class Bench:
             },
             "reward": {"terms": [{"function": "tools.rl_workload:reward"}]},
             "rl": {"advantage_normalization": "std", "aggregation": "token_mean", "kl_coef": 0.0},
-            "train": {"steps": WARM_UP_STEPS + MEASURED_STEPS, "lr": work.learning_rate},
+            "train": {"steps": WARM_UP_STEPS + REPEATS, "lr": work.learning_rate},
             "evaluate": {"num_prompts": 0},
             "checkpoint": {"load": str(self.folder / f"{model}_checkpoint"), "save_optimizer": False},
             "telemetry": {"tensorboard": False, "report": "none", "num_samples": 0},
@@ -180,12 +181,19 @@ class Bench:
         return path
 
     def our_rollouts(
-        self, layout: Layout, model: str, new_tokens: int, seed: int, replay: bool = False
+        self, layout: Layout, model: str, new_tokens: int, repeats: int, replay: bool = False
     ) -> dict[str, Any]:
         """``tools/rollout_side.py`` on the layout's ranks."""
         file = self.write_config(layout, model, new_tokens, replay)
         result = file.with_suffix(".json")
-        command = [sys.executable, str(ROOT / "tools" / "rollout_side.py"), str(file), str(result), "--seed", str(seed)]
+        command = [
+            sys.executable,
+            str(ROOT / "tools" / "rollout_side.py"),
+            str(file),
+            str(result),
+            "--repeats",
+            str(repeats),
+        ]
         watched(command, environment(layout.threads))
         return json.loads(result.read_text())
 
@@ -213,7 +221,7 @@ class Bench:
         result = self.folder / "peer.json"
         start = [self.peer_python]
         if processes > 1:
-            start += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         files = [self.folder / model, self.folder / "workload.json", self.folder / "prompts.jsonl", result]
         command = [*start, str(ROOT / "tools" / "trl_side.py"), task, *map(str, files), *options]
         memory = watched(command, environment(CORES // processes))
@@ -221,7 +229,7 @@ class Bench:
 
     def peer_steps(self, trainer: Trainer) -> None:
         """TRL's figures of its measured steps."""
-        steps = WARM_UP_STEPS + MEASURED_STEPS
+        steps = WARM_UP_STEPS + REPEATS
         options = ("--batch-size", str(trainer.batch_size), "--steps", str(steps))
         found, memory = self.peer("grpo", "full", *options, processes=trainer.processes)
         for step in found["steps"][WARM_UP_STEPS:]:
@@ -244,7 +252,7 @@ class Bench:
         moves a token by up to 1e-3 and those after it by less. That part is measured on our own rollout and training,
         with and without the rollout's experts replayed.
         """
-        found = self.our_rollouts(ONE_RANK, "full", self.workload.new_tokens, seed=0, replay=True)
+        found = self.our_rollouts(ONE_RANK, "full", self.workload.new_tokens, repeats=1, replay=True)
         samples = self.folder / "samples.json"
         samples.write_text(json.dumps(found["samples"]))
         theirs, _ = self.peer("score", "full", "--samples", str(samples))
@@ -253,22 +261,23 @@ class Bench:
             sys.exit(f"error: the two sides are not the same model: {theirs['median']:.1e} > {DIFFERENCE_LIMIT:.0e}")
         self.note("compared", difference=found["difference"], replayed=found["difference_replayed"])
 
-    def rollout_round(self, seed: int) -> None:
+    def rollout_round(self) -> None:
         """The engine alone beside ``generate``: completions of one length, and completions that end by themselves."""
         length = self.workload.long_new_tokens
         for model in END_WEIGHT:
             for layout in LAYOUTS["rollout"]:
-                self.note_rollout(layout.name, model, self.our_rollouts(layout, model, length, seed))
-            found, _ = self.peer("generate", model, "--new-tokens", str(length), "--seed", str(seed))
+                self.note_rollout(layout.name, model, self.our_rollouts(layout, model, length, REPEATS))
+            found, _ = self.peer("generate", model, "--new-tokens", str(length), "--repeats", str(REPEATS))
             self.note_rollout("generate", model, found)
 
     def note_rollout(self, candidate: str, model: str, found: dict[str, Any]) -> None:
-        self.note(f"{candidate}, {model}", rollout=found["tokens"] / found["seconds"], tokens=found["tokens"])
+        for call in found["calls"]:
+            self.note(f"{candidate}, {model}", rollout=call["tokens"] / call["seconds"], tokens=call["tokens"])
 
     def step_round(self, parts: Sequence[str]) -> None:
         """GRPO steps of every layout that the parts ask for, and of TRL if they are compared."""
-        layouts = [layout for part in ("scaling", "train") if part in parts for layout in LAYOUTS[part]]
-        for layout in dict.fromkeys(layouts):
+        layouts = {layout.name: layout for part in parts if part in ("train", "scaling") for layout in LAYOUTS[part]}
+        for layout in layouts.values():
             self.our_steps(layout)
         for trainer in TRAINERS if "train" in parts else ():
             self.peer_steps(trainer)
@@ -364,7 +373,7 @@ def main() -> int:
     """From the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that has TRL (default: this one)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2, help="each measures everything twice")
     parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     arguments = parser.parse_args()
@@ -378,7 +387,7 @@ def main() -> int:
         for number in range(arguments.rounds):
             print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
             if "rollout" in parts:
-                bench.rollout_round(seed=number)
+                bench.rollout_round()
             bench.step_round(parts)
     goals = report(bench, parts)
     if arguments.json:

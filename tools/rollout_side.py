@@ -1,12 +1,13 @@
 """Our side of the rollout comparison of ``bench_vs_trl.py``: the engine of a run, driven without the rest of a step.
 
-    python tools/rollout_side.py FILE.yaml RESULT.json --seed 1
+    python tools/rollout_side.py FILE.yaml RESULT.json --repeats 2
 
-Starts the ranks of the configuration. One call of the engine, on all of them together, after a short one that warms it
-up; rank 0 writes the seconds and the tokens drawn. The samples are scored by the training forward as well:
-``difference`` is the largest between the two log-probabilities of a drawn token, and ``samples`` are some of those
-sequences, for a third opinion. With ``rollout.router_replay`` there is also ``difference_replayed``, where training
-takes the rollout's experts: what is left then is rounding, without the ties of the router that rounding decides.
+Starts the ranks of the configuration. Calls of the engine, on all of them together, each with its own seed, after a
+short one that warms it up; rank 0 writes each call's seconds and tokens drawn. The last samples are scored by the
+training forward as well: ``difference`` is the largest between the two log-probabilities of a drawn token, and
+``samples`` are some of those sequences, for a third opinion. With ``rollout.router_replay`` there is also
+``difference_replayed``, where training takes the rollout's experts: what is left then is rounding, without the ties of
+the router that rounding decides.
 """
 
 from __future__ import annotations
@@ -39,19 +40,22 @@ WARM_UP_TOKENS = 8
 _NUM_SHOWN = 4
 
 
-def measure(cfg: RunConfig, seed: int) -> dict[str, Any]:
-    """Seconds and drawn tokens of a step's rollouts, of all ranks together."""
+def measure(cfg: RunConfig, repeats: int) -> dict[str, Any]:
+    """Seconds and drawn tokens of a step's rollouts, of all ranks together, ``repeats`` times."""
     with open_run(cfg) as run:
         prompts = run.train_prompts[: cfg.rollout.prompts_per_step][run.groups.dp_rank :: run.groups.topology.dp]
-        generate(run, prompts, min(WARM_UP_TOKENS, cfg.sampling.max_new_tokens), seed)
-        dist.barrier()
-        began = time.perf_counter()
-        rollouts = generate(run, prompts, cfg.sampling.max_new_tokens, seed)
-        dist.barrier()
-        seconds = time.perf_counter() - began
-        num_drawn = torch.tensor(sum(rollout.num_response for rollout in rollouts))
-        dist.all_reduce(num_drawn, group=run.groups.dp)
-        found = {"seconds": seconds, "tokens": num_drawn.item(), "difference": training_difference(run, rollouts)}
+        generate(run, prompts, min(WARM_UP_TOKENS, cfg.sampling.max_new_tokens), seed=0)
+        calls, rollouts = [], []
+        for seed in range(repeats):
+            dist.barrier()
+            began = time.perf_counter()
+            rollouts = generate(run, prompts, cfg.sampling.max_new_tokens, seed)
+            dist.barrier()
+            seconds = time.perf_counter() - began
+            num_drawn = torch.tensor(sum(rollout.num_response for rollout in rollouts))
+            dist.all_reduce(num_drawn, group=run.groups.dp)
+            calls.append({"seconds": seconds, "tokens": num_drawn.item()})
+        found = {"calls": calls, "difference": training_difference(run, rollouts)}
         if cfg.rollout.router_replay:
             found["difference_replayed"] = training_difference(run, rollouts, replay=True)
     samples = [
@@ -91,7 +95,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=1)
     arguments = parser.parse_args()
     cfg = load_config(arguments.file)
     if not adopt_rank():
@@ -102,7 +106,7 @@ def main() -> int:
         return ended.exit_code
 
     def body() -> None:
-        found = measure(cfg, arguments.seed)
+        found = measure(cfg, arguments.repeats)
         if os.environ["RANK"] == "0":
             arguments.result.write_text(json.dumps(found))
 

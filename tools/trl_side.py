@@ -1,6 +1,6 @@
 """The other side of ``bench_vs_trl.py``, in its own process and, if need be, its own Python environment.
 
-    python tools/trl_side.py generate MODEL WORKLOAD.json PROMPTS.jsonl RESULT.json --new-tokens 256
+    python tools/trl_side.py generate MODEL WORKLOAD.json PROMPTS.jsonl RESULT.json --new-tokens 256 --repeats 2
     python tools/trl_side.py grpo MODEL WORKLOAD.json PROMPTS.jsonl RESULT.json --batch-size 16 --steps 3
     python tools/trl_side.py score MODEL WORKLOAD.json PROMPTS.jsonl RESULT.json --samples SAMPLES.json
 
@@ -34,21 +34,25 @@ from tools.rl_workload import Workload, read_prompts, reward
 WARM_UP_TOKENS = 8
 
 
-def generate(model_folder: str, workload: Workload, prompts: list[str], new_tokens: int, seed: int) -> dict[str, Any]:
-    """Seconds of one call for a step's completions, and the tokens up to and with each end token."""
+def generate(
+    model_folder: str, workload: Workload, prompts: list[str], new_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Seconds of calls for a step's completions, and the tokens up to and with each end token."""
     model, tokenizer = _load(model_folder)
     rows = [prompt for prompt in prompts[: workload.num_prompts] for _ in range(workload.samples_per_prompt)]
     inputs = tokenizer(rows, return_tensors="pt", padding=True, padding_side="left")
     options = {"do_sample": True, "top_k": 0, "temperature": 1.0}
     model.generate(**inputs, max_new_tokens=WARM_UP_TOKENS, **options)
-    torch.manual_seed(seed)
-    began = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=new_tokens, **options)
-    seconds = time.perf_counter() - began
-    response = output[:, inputs["input_ids"].shape[1] :]
-    ended = (response == tokenizer.eos_token_id).cumsum(1) - (response == tokenizer.eos_token_id).int()
-    lengths = (ended == 0).sum(1)
-    return {"seconds": seconds, "tokens": int(lengths.sum())}
+    calls = []
+    for seed in range(repeats):
+        torch.manual_seed(seed)
+        began = time.perf_counter()
+        output = model.generate(**inputs, max_new_tokens=new_tokens, **options)
+        seconds = time.perf_counter() - began
+        is_end = output[:, inputs["input_ids"].shape[1] :] == tokenizer.eos_token_id
+        num_tokens = (is_end.cumsum(1) - is_end.int() == 0).sum()
+        calls.append({"seconds": seconds, "tokens": num_tokens.item()})
+    return {"calls": calls}
 
 
 def score(model_folder: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -174,14 +178,14 @@ def main() -> None:
     parser.add_argument("prompts", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--samples", type=Path)
     arguments = parser.parse_args()
     workload, prompts = Workload.load(arguments.workload), read_prompts(arguments.prompts)
     if arguments.task == "generate":
-        found = generate(arguments.model, workload, prompts, arguments.new_tokens, arguments.seed)
+        found = generate(arguments.model, workload, prompts, arguments.new_tokens, arguments.repeats)
     elif arguments.task == "grpo":
         output_dir = f"{arguments.result}.run"
         found = grpo(arguments.model, workload, prompts, arguments.batch_size, arguments.steps, output_dir)

@@ -24,13 +24,15 @@ def bench(tmp_path_factory) -> Bench:
 
 
 def test_both_sides_hold_the_same_model_and_draw_full_length_completions(bench):
-    found = bench.our_rollouts(EP2, "full", TINY.new_tokens, seed=0, replay=True)
-    assert found["tokens"] == TINY.num_completions * TINY.new_tokens and found["seconds"] > 0
+    found = bench.our_rollouts(EP2, "full", TINY.new_tokens, repeats=2, replay=True)
+    num_tokens = TINY.num_completions * TINY.new_tokens
+    assert [call["tokens"] for call in found["calls"]] == [num_tokens] * 2
+    assert all(call["seconds"] > 0 for call in found["calls"])
     assert found["difference"] < 1e-4 and found["difference_replayed"] < 1e-4
     assert trl_side.score(str(bench.folder / "full"), found["samples"])["max"] < 1e-4
     prompts = read_prompts(bench.folder / "prompts.jsonl")
-    peers = trl_side.generate(str(bench.folder / "full"), TINY, prompts, TINY.new_tokens, seed=0)
-    assert peers["tokens"] == found["tokens"]
+    peers = trl_side.generate(str(bench.folder / "full"), TINY, prompts, TINY.new_tokens, repeats=1)
+    assert [call["tokens"] for call in peers["calls"]] == [num_tokens]
 
 
 def test_a_step_of_ours_is_read_from_its_metrics(bench):
