@@ -19,7 +19,7 @@ from r1_megatron.checkpoint.convert.importing import read_scales
 from r1_megatron.checkpoint.convert.values import Buffer, TensorHash, all_finite, bytes_of, first_problem
 from r1_megatron.checkpoint.files.dtypes import FP8, TORCH_NAMES, item_size
 from r1_megatron.checkpoint.files.safetensors import StoredTensor, TensorFiles
-from r1_megatron.checkpoint.files.torch_dist import CrcCheck, RowReader, StoredChunk, StoredKey
+from r1_megatron.checkpoint.files.torch_dist import RowReader, StoredChunk, StoredKey
 from r1_megatron.checkpoint.matching import FP8_BLOCK, SCALE_SUFFIX, scale_shape
 from r1_megatron.checkpoint.naming import VOCABULARY, Entry, pairs_to_halves
 
@@ -224,7 +224,7 @@ class ExportWorker:
         written = _Written()
         scales = None
         # A caller that wants the hash alone compares it: no CRC is needed.
-        check = "no" if tensor.place is None else "must" if tensor.sha256 else "yes"
+        check = tensor.place is not None
         for number, part in enumerate(tensor.parts):
             if tensor.scales:
                 scales = read_scales(files, tensor.scales[number])
@@ -243,9 +243,7 @@ class ExportWorker:
                 self._progress(values.nbytes)
         return self._lines(files, tensor, scales, written)
 
-    def _gather(
-        self, reader: RowReader, part: Sequence[Piece], first: int, values: np.ndarray, check: CrcCheck
-    ) -> None:
+    def _gather(self, reader: RowReader, part: Sequence[Piece], first: int, values: np.ndarray, check: bool) -> None:
         """Rows ``first ...`` of a part, as many as ``values`` has, from wherever they are."""
         stop = first + len(values)
         for piece in part:

@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -29,8 +28,6 @@ from r1_megatron.checkpoint.files.pickles import Record, load_restricted
 from r1_megatron.checkpoint.files.safetensors import read_exactly
 
 METADATA = ".metadata"
-# Whether rows are checked by their chunk's CRC-32: not at all, if it has one, or else it is refused.
-CrcCheck = Literal["no", "yes", "must"]
 _READ_AGAIN_BYTES = 4 << 20
 
 
@@ -129,7 +126,6 @@ class _Record:
     start: int
     num_bytes: int
     crc: int
-    check: CrcCheck = "no"
     position: int = 0
     running_crc: int = 0
 
@@ -145,12 +141,12 @@ class RowReader:
         self._files: dict[str, int] = {}
         self._records: dict[tuple[str, int], tuple[str, _Record]] = {}
 
-    def read(self, stored: StoredKey, expert: int | None, first: int, out: np.ndarray, check: CrcCheck = "yes") -> None:
+    def read(self, stored: StoredKey, expert: int | None, first: int, out: np.ndarray, check: bool = True) -> None:
         """Rows ``first ...`` of a tensor into ``out``, uint8 ``[rows, bytes of a row]``.
 
         Args:
             expert: place on the leading axis, if the key stacks experts.
-            check: ``"no"`` where the caller compares the tensor's sha256, ``"must"`` where nobody does.
+            check: by CRC-32; not needed where the caller compares the tensor's sha256.
 
         Raises:
             ValueError: damaged; the file and the key are named.
@@ -181,16 +177,13 @@ class RowReader:
         if filled * item != out.size:
             raise ValueError(f"{stored.key}: the checkpoint lacks a part of rows {first} to {first + len(out)}")
 
-    def _read_bytes(self, stored: StoredKey, chunk: StoredChunk, start: int, into: memoryview, check: CrcCheck) -> None:
+    def _read_bytes(self, stored: StoredKey, chunk: StoredChunk, start: int, into: memoryview, check: bool) -> None:
         name = (chunk.file, chunk.start)
         if name not in self._records:
             self._records[name] = (stored.key, self._locate(stored, chunk))
         record = self._records[name][1]
         self._pread(chunk.file, record.start + start, into, stored.key)
-        if check == "no":
-            return
-        record.check = "must" if "must" in (check, record.check) else "yes"
-        if start == record.position:
+        if check and start == record.position:
             record.running_crc = zlib.crc32(into, record.running_crc)
             record.position += len(into)
 
@@ -250,12 +243,7 @@ class RowReader:
         self._records.clear()
 
     def _check(self, file: str, key: str, record: _Record) -> None:
-        if record.crc == 0 and record.check == "must":
-            raise ValueError(
-                f"{file}: {key}: has no CRC-32, which whatever wrote the checkpoint had put there: something else has "
-                "written it again. Fetch the checkpoint again."
-            )
-        if record.crc == 0 or record.position == 0:  # torch.save writes 0 where it was told not to compute it
+        if record.position == 0:
             return
         buffer = memoryview(bytearray(min(_READ_AGAIN_BYTES, max(1, record.num_bytes - record.position))))
         while record.position < record.num_bytes:
