@@ -195,6 +195,7 @@ setup(
         "protobuf",
         "tokenizers",
         "safetensors",
+        "zlib-ng",
         "jinja2",
         "math-verify[antlr4_13_2]",
         "matplotlib",

@@ -3,10 +3,11 @@
     python tools/bench_convert.py                     # 6 GB: DeepSeek-V3's width in FP8, few layers; 20 GB of disk
     python tools/bench_convert.py --rounds 1 -- --preset tiny num_layers=4
 
-In turn, on one disk: copy the source, convert it, copy the checkpoint, convert it back; the medians count. A conversion
-is timed from the start of its process to its end, with its files on the disk. ``cp`` leaves its in the page cache, so
-it is also timed with the ``sync`` that makes it equal. ``ratio`` is cp's seconds divided by ours. At the end the files
-that came back are compared with the source.
+In turn, on one disk: copy the source, convert it, copy the checkpoint, convert it back. The first round is for memory
+and not timed: watching takes time, and a virtual machine's memory may have to be fetched from its host by whoever comes
+first. Of the others the medians count. A conversion is timed from the start of its process to its end, with its files
+on the disk. ``cp`` leaves its in the page cache, so it is also timed with the ``sync`` that makes it equal. ``ratio``
+is cp's seconds divided by ours. At the end the files that came back are compared with the source.
 
 Memory is the largest sum, over all processes of a conversion, of their proportional set sizes (Linux's PSS, which
 counts shared pages once), less that of one bare interpreter. torch is not counted as the interpreter's own: bytes that
@@ -107,22 +108,25 @@ def main() -> int:
     bare = bare_interpreter()
     options = ["--quiet", "--workers", arguments.workers, "--max-memory", arguments.max_memory]
     found: dict[str, dict[str, list[float]]] = {}
-    for number in range(arguments.rounds):
+    memory: dict[str, int] = {}
+    for number in range(arguments.rounds + 1):
         for kind, here, there in (("from-hf", source, checkpoint), ("to-hf", checkpoint, back)):
             shutil.rmtree(there, ignore_errors=True)
             cp, cp_sync = copy(here, copied)
             convert = [sys.executable, "-m", "r1_megatron.cli", "convert", kind, str(here), str(there), *options]
-            seconds, peak = timed(convert, watch=True)
-            figures = {"cp": cp, "cp_sync": cp_sync, "seconds": seconds, "memory": max(0, peak - bare)}
-            for name, value in figures.items():
+            seconds, peak = timed(convert, watch=number == 0)
+            if number == 0:
+                memory[kind] = max(0, peak - bare)
+                continue
+            for name, value in (("cp", cp), ("cp_sync", cp_sync), ("seconds", seconds)):
                 found.setdefault(kind, {}).setdefault(name, []).append(value)
-            print(f"round {number + 1} {kind}: cp {cp:.2f} s, with sync {cp_sync:.2f} s, convert {seconds:.2f} s")
+            print(f"round {number} {kind}: cp {cp:.2f} s, with sync {cp_sync:.2f} s, convert {seconds:.2f} s")
     alike = same_files(source, back)
     rows, figures = [], {}
     for kind, values in found.items():
         middle = {name: statistics.median(each) for name, each in values.items()}
         size = num_bytes(source if kind == "from-hf" else checkpoint)
-        figures[kind] = {**middle, "bytes": size, "memory": max(values["memory"])}
+        figures[kind] = {**middle, "bytes": size, "memory": memory[kind]}
         figures[kind] |= {
             "ratio": middle["cp"] / middle["seconds"],
             "ratio_sync": middle["cp_sync"] / middle["seconds"],

@@ -15,12 +15,12 @@ import math
 import os
 import pickle
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from r1_megatron.checkpoint.files.archives import STORAGE_CLASSES
 from r1_megatron.checkpoint.files.dtypes import item_size
@@ -184,7 +184,7 @@ class RowReader:
         record = self._records[name][1]
         self._pread(chunk.file, record.start + start, into, stored.key)
         if check and start == record.position:
-            record.running_crc = zlib.crc32(into, record.running_crc)
+            record.running_crc = crc32(into, record.running_crc)
             record.position += len(into)
 
     def _pread(self, file: str, start: int, into: memoryview, key: str) -> None:
@@ -249,7 +249,7 @@ class RowReader:
         while record.position < record.num_bytes:
             part = buffer[: record.num_bytes - record.position]
             self._pread(file, record.start + record.position, part, key)
-            record.running_crc = zlib.crc32(part, record.running_crc)
+            record.running_crc = crc32(part, record.running_crc)
             record.position += len(part)
         if record.running_crc != record.crc:
             raise ValueError(

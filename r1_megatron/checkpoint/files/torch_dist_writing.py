@@ -43,9 +43,6 @@ class PartWriter:
         self.num_bytes += len(view)
         return len(view)
 
-    def flush(self) -> None:
-        """Nothing is held back."""
-
     def close(self) -> None:
         """No more chunks."""
         self._file.close()
