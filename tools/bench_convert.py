@@ -110,6 +110,7 @@ def main() -> int:
     found: dict[str, dict[str, list[float]]] = {}
     memory: dict[str, int] = {}
     for number in range(arguments.rounds + 1):
+        shutil.rmtree(back, ignore_errors=True)  # the page cache should have room for what is being measured
         for kind, here, there in (("from-hf", source, checkpoint), ("to-hf", checkpoint, back)):
             shutil.rmtree(there, ignore_errors=True)
             cp, cp_sync = copy(here, copied)
