@@ -5,3 +5,7 @@ every machine and in float64 and are the oracle of the tests; ``library.py`` loa
 calls are the differentiable functions over them. Nothing here knows a model, a schedule or a configuration; the only
 communication is what an operator's formula needs, over the process group it is given.
 """
+
+from r1_megatron.kernels.decode import paged_attention
+
+__all__ = ["paged_attention"]

@@ -38,6 +38,9 @@ needs ``cu_seqlens [S+1]`` int32), kl_estimator "k3" | "unbiased". All of float3
 
     policy_surrogate(...) -> (loss, g, h, terms)     loss = weights * loss of the token; g, h = its gradient with
                                                      respect to logprobs and entropy; terms [9, T]: POLICY_TERMS
+
+The steps of decoding are for inference only: their contracts are the functions of ``decode.py``, which are what
+generation calls.
 """
 
 from __future__ import annotations
@@ -67,6 +70,8 @@ _SCHEMAS = (
     " Tensor behaviour_logprobs, Tensor? old_logprobs, Tensor? reference_logprobs, Tensor? cu_seqlens, str variant,"
     " float clip_low, float clip_high, float? dual_clip, str kl_estimator, float kl_coef, float entropy_coef,"
     " float? tis_cap) -> (Tensor, Tensor, Tensor, Tensor)",
+    "paged_attention(Tensor query, Tensor cache, Tensor page_table, Tensor lengths, *, int num_groups,"
+    " int value_start, int value_width, float scale) -> Tensor",
 )
 NAMES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
 
@@ -129,6 +134,11 @@ def _(logprobs, *others):
     (num_tokens,) = logprobs.shape
     loss, g, h = (torch.empty_like(logprobs) for _ in range(3))
     return loss, g, h, logprobs.new_empty(len(POLICY_TERMS), num_tokens)
+
+
+@torch.library.register_fake("r1_megatron::paged_attention", lib=_library)
+def _(query, cache, page_table, lengths, *, num_groups, value_start, value_width, scale):
+    return query.new_empty(query.shape[0], query.shape[1], value_width)
 
 
 ops = torch.ops.r1_megatron

@@ -3,7 +3,8 @@
 It is what runs where ``csrc/`` was not built, and the oracle of the tests in float64. Contracts: ``ops.py``. Nothing
 here shares a formula with the compiled code: gradients of the policy surrogate come from autograd.
 
-Shapes: T tokens, V columns of a vocabulary shard, K shards; M rows, E experts, N and K' features; S sequences.
+Shapes: T tokens, V columns of a vocabulary shard, K shards; M rows, E experts, N and K' features; S sequences. Those of
+the steps of decoding: ``decode.py``.
 """
 
 from __future__ import annotations
@@ -199,6 +200,30 @@ def policy_surrogate(
         (l_old.exp() - l_rollout.exp()).abs(), (l_old - l_rollout).abs(),
     )  # fmt: skip
     return loss.detach(), masked(g), masked(grad_h), torch.stack([masked(term) for term in terms])
+
+
+def paged_attention(
+    query: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    num_groups: int,
+    value_start: int,
+    value_width: int,
+    scale: float,
+) -> Tensor:
+    query_DGHK = query.to(_arithmetic(query)).unflatten(1, (num_groups, -1))
+    past_DLW = cache[page_table.long()].flatten(1, 2).to(query_DGHK.dtype)
+    inside_DL = torch.arange(past_DLW.shape[1], device=lengths.device) < lengths[:, None]
+    # What lies behind a row's length is another row's, or nothing at all: it may be NaN.
+    past_DLW = past_DLW.masked_fill(~inside_DL[..., None], 0)
+    key_DLGK = past_DLW[..., : num_groups * query.shape[2]].unflatten(-1, (num_groups, -1))
+    value_DLGV = past_DLW[..., value_start : value_start + num_groups * value_width].unflatten(-1, (num_groups, -1))
+    inside_D11L = inside_DL[:, None, None]
+    scores_DGHL = torch.einsum("dghk,dlgk->dghl", query_DGHK, key_DLGK) * scale
+    weights_DGHL = scores_DGHL.masked_fill(~inside_D11L, -torch.inf).softmax(-1).masked_fill(~inside_D11L, 0)
+    return torch.einsum("dghl,dlgv->dghv", weights_DGHL, value_DLGV).flatten(1, 2).to(query.dtype)
 
 
 def k3(d: Tensor) -> Tensor:
