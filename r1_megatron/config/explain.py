@@ -166,7 +166,11 @@ def _rollout_lines(cfg: RunConfig, topology: Topology, stages: tuple[tuple[Chunk
             f"(kv_lora {m.kv_lora_rank} + rope {m.qk_pos_emb_head_dim})",
         )
     size = 2 if cfg.train.bf16 else 4
-    cache = width * size * layers * at_once * length
+    room = f"{at_once:,} sequences * {length:,} tokens"
+    held = at_once * length
+    if r.cache_tokens is not None and r.cache_tokens < held:
+        room, held = f"{r.cache_tokens:,} tokens (rollout.cache_tokens)", r.cache_tokens
+    cache = width * size * layers * held
     return [
         ("samples", f"{r.prompts_per_step} prompts * {r.samples_per_prompt} samples = {samples:,}"),
         ("per dp rank", f"{share.text('prompt')}, at most {per_rank:,} samples of {per_rank * length:,} tokens"),
@@ -178,8 +182,7 @@ def _rollout_lines(cfg: RunConfig, topology: Topology, stages: tuple[tuple[Chunk
         ("in flight", f"{at_once:,} sequences per dp rank (rollout.max_sequences={r.max_sequences})"),
         (
             "cache per rank",
-            f"{parts} * {size} bytes * {layers} layers * "
-            f"{at_once:,} sequences * {length:,} tokens = {_bytes(cache)} at most",
+            f"{parts} * {size} bytes * {layers} layers * {room} = {_bytes(cache)} at most",
         ),
     ]
 

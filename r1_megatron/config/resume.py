@@ -24,6 +24,8 @@ _FREE = (
     "rl.probs_diff_limit",
     "rl.on_probs_diff",
     "rollout.max_sequences",
+    "rollout.cache_tokens",
+    "rollout.max_prefill_tokens",
     "rollout.pipeline_groups",
     "train.steps",
     "train.use_distributed_optimizer",

@@ -181,6 +181,11 @@ class RolloutConfig:
     prompts_per_step: int = 16
     samples_per_prompt: int = 12
     max_sequences: int = 256
+    # Tokens that the cache of a data-parallel rank holds (rounded up to pages; samples of a prompt share its pages).
+    # Sequences that do not fit wait, or give up their place for a while. null: max_sequences of full length.
+    cache_tokens: int | None = None
+    # Prompt tokens of one forward; longer prompts are fed in chunks, while the other sequences go on.
+    max_prefill_tokens: int = 16384
     # Groups of sequences in flight per pipeline; null: one per pipeline stage.
     pipeline_groups: int | None = None
     # Record the chosen experts and train with the same ones (router replay, R3: arXiv 2510.11370).

@@ -83,7 +83,7 @@ _AT_LEAST_ONE = {
     ),
     "data": ("max_prompt_tokens", "num_train", "num_eval"),
     "sampling": ("max_new_tokens",),
-    "rollout": ("prompts_per_step", "samples_per_prompt", "max_sequences"),
+    "rollout": ("prompts_per_step", "samples_per_prompt", "max_sequences", "max_prefill_tokens"),
     "rl": ("num_minibatches", "inner_epochs"),
     "train": ("steps", "micro_batch_tokens"),
     "sft": ("batch_size",),
@@ -91,7 +91,7 @@ _AT_LEAST_ONE = {
 }
 _AT_LEAST_ONE_OR_NULL = {
     "model": ("q_lora_rank", "num_query_groups", "head_dim", "moe_router_num_groups", "moe_router_group_topk"),
-    "rollout": ("pipeline_groups",),
+    "rollout": ("cache_tokens", "pipeline_groups"),
     "rl": ("reference_refresh_steps",),
     "train": ("lr_decay_steps", "recompute_num_layers"),
     "checkpoint": ("keep_last",),
@@ -193,6 +193,13 @@ def _batch(cfg: RunConfig) -> Iterator[str]:
         yield (
             f"rollout.max_sequences({r.max_sequences}) is less than the {groups} groups of sequences in flight "
             f"(rollout.pipeline_groups, or one per pipeline stage): every group needs a sequence."
+        )
+    longest = cfg.data.max_prompt_tokens + cfg.sampling.max_new_tokens
+    if cfg.stage != "sft" and r.cache_tokens is not None and 1 <= r.cache_tokens < longest:
+        yield (
+            f"rollout.cache_tokens({r.cache_tokens}) is less than one sequence, which could never end: "
+            f"data.max_prompt_tokens({cfg.data.max_prompt_tokens}) + sampling.max_new_tokens("
+            f"{cfg.sampling.max_new_tokens}) = {longest} tokens. Set rollout.cache_tokens={longest} or more."
         )
 
 

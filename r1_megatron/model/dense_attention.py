@@ -1,10 +1,11 @@
 """Grouped-query attention that trains as megatron-core's and also decodes from a cache of keys and values.
 
 A layer keeps the rotated key and the value of every past token for the key-value heads of this rank: ``2 * G * C``
-numbers. Prompts take the ordinary way, through the layer's own core attention.
+numbers. Prompts take the ordinary way, through the layer's own core attention; later chunks of a long prompt look back
+on the cache as decode tokens do.
 
 Legend: T rows (tokens) of one forward, D of them decode, U prompt tokens, N query heads of this rank, G its key-value
-heads (each serves N / G query heads in a row), C channels of a head, L cached positions read.
+heads (each serves N / G query heads in a row), C channels of a head.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from r1_megatron.config.schema import ModelConfig
-from r1_megatron.model.generation import StepContext, rotary_tables, scores_float32
+from r1_megatron.kernels import paged_attention
+from r1_megatron.model.generation import StepContext, rotary_tables
 from r1_megatron.model.transformer import output_projection_with_bias, yarn_mscale
 
 
@@ -109,19 +111,18 @@ class DenseAttention(SelfAttention):
         return self.linear_proj((parts[0] if len(parts) == 1 else torch.cat(parts))[:, None])
 
     def _decode(self, q_DNC: torch.Tensor, cache: torch.Tensor, step: StepContext) -> torch.Tensor:
-        """Attention of one token a sequence over its cached keys and values; answers ``[D, N * C]``.
-
-        One product a key-value head: all heads at once would copy the whole cache, whose heads are interleaved.
-        """
+        """Attention of single tokens over the cached keys and values of their sequences; answers ``[D, N * C]``."""
         groups, channels = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        past_DLW = cache[step.first_slot : step.first_slot + step.num_decode, : step.num_cached]
-        past_DL2GC = past_DLW.unflatten(-1, (2, groups, channels))
-        outputs = []
-        for group, q_DQC in enumerate(q_DNC.unflatten(1, (groups, -1)).unbind(1)):
-            k_DLC, v_DLC = past_DL2GC[:, :, 0, group], past_DL2GC[:, :, 1, group]
-            scores_DQL = scores_float32(q_DQC, k_DLC, channels**-0.5, step.decode_bias)
-            outputs.append(torch.bmm(scores_DQL.softmax(-1).to(q_DQC.dtype), v_DLC))
-        return torch.cat(outputs, 1).flatten(1)
+        return paged_attention(
+            q_DNC.contiguous(),
+            cache,
+            step.page_table,
+            step.lengths,
+            num_groups=groups,
+            value_start=groups * channels,
+            value_width=channels,
+            scale=channels**-0.5,
+        ).flatten(1)
 
 
 def rotary_embedding(model: ModelConfig, cp_group: Any) -> RotaryEmbedding:

@@ -1,7 +1,6 @@
-"""What attention needs to run a step of generation, whatever it keeps of a past token: the step, its prompts, scores.
+"""What attention needs to run a step of generation, whatever it keeps of a past token: the step, and its prompts.
 
-Legend: T rows (tokens) of one forward, D of them decode, U prompt tokens, H heads of this rank, L cached positions
-read, W numbers that a layer keeps of a token.
+Legend: T rows (tokens) of one forward, D of them decode, U prompt tokens, W numbers that a layer keeps of a token.
 """
 
 from __future__ import annotations
@@ -18,15 +17,18 @@ from megatron.core.packed_seq_params import PackedSeqParams
 class StepContext:
     """What all layers need to know about one forward of generation; built once per step.
 
-    Rows are tokens of different sequences: ``num_decode`` decode tokens, one a sequence, whose cache slots are
-    ``[first_slot, first_slot + num_decode)`` in this order; then the prompts, packed; then padding up to ``num_rows``,
-    which is a multiple of the tensor-parallel size.
+    Rows are tokens of different sequences. The first ``num_decode`` know nothing of each other and attend over pages of
+    the cache: decode tokens, and the tokens of later chunks of long prompts. Then come prompts (or their first chunks),
+    packed, which attend among themselves; then padding up to ``num_rows``, a multiple of the tensor-parallel size.
 
     Attributes:
-        cache: what each layer keeps of past tokens, by global layer number, ``[slots, max_len, W]``.
-        cache_rows: int64 ``[D + U]``, the row ``slot * max_len + position`` that each token is kept in.
-        num_cached: L, positions that decode tokens look back on, their own included (the longest of them).
-        decode_bias: float32 ``[D, 1, L]``, zero where a decode token may look and -inf behind its position.
+        tokens: int64 ``[T]``.
+        positions: int64 ``[T]``, of the tokens in their sequences.
+        cache: what each layer keeps of past tokens, by global layer number, ``[num_pages, page_size, W]``.
+        cache_rows: int64 ``[D + U]``, the row ``page * page_size + position % page_size`` that each token is kept in.
+        page_table: int32 ``[D, max_pages]``, the pages that a decode token's past lies in, by position; what stands
+            behind its length is any page.
+        lengths: int32 ``[D]``, positions that a decode token looks back on, its own included.
         cos, sin: ``[T, 1, P / 2]`` in the model's dtype, by position, the YaRN factor included, for P rotary channels.
         prompts: the packed prompts, or ``None``.
     """
@@ -34,11 +36,12 @@ class StepContext:
     num_rows: int
     num_decode: int
     num_prompt_tokens: int
-    first_slot: int
-    num_cached: int
+    tokens: torch.Tensor
+    positions: torch.Tensor
     cache: dict[int, torch.Tensor]
     cache_rows: torch.Tensor
-    decode_bias: torch.Tensor
+    page_table: torch.Tensor
+    lengths: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
     prompts: PackedSeqParams | None
@@ -78,19 +81,6 @@ def rotary_tables(
     angles, factor = answer if isinstance(answer, tuple) else (answer, 1.0)
     angles = angles[:, 0, :, : channels // 2]
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
-
-
-def scores_float32(q_DHW, k_DLW, scale: float, bias_D1L) -> torch.Tensor:
-    """``scale * q . k + bias`` in float32, ``[D, H, L]``, whatever the inputs' dtype.
-
-    Rounding the scores to bfloat16 would move a probability by percents, which the fused training attention does not.
-    """
-    k_DWL = k_DLW.transpose(1, 2)
-    if q_DHW.dtype == torch.float32:
-        return torch.baddbmm(bias_D1L, q_DHW, k_DWL, alpha=scale)
-    if q_DHW.is_cuda:
-        return torch.bmm(q_DHW, k_DWL, out_dtype=torch.float32).mul_(scale).add_(bias_D1L)
-    return torch.baddbmm(bias_D1L, q_DHW.float(), k_DWL.float(), alpha=scale)
 
 
 def gather_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -7,10 +7,11 @@ split per head, ``W_uk`` and ``W_uv``, a decode step never expands the past::
     q_nope . k_nope = q_nope . (W_uk c) = (W_uk^T q_nope) . c          sum_t p_t v_t = W_uv (sum_t p_t c_t)
 
 These "absorbed" products read views of the training weight; nothing is copied and nothing has to be refreshed after an
-optimizer step. Prompts take the ordinary way, expanded keys and values through the layer's own core attention.
+optimizer step. Prompts take the ordinary way, expanded keys and values through the layer's own core attention; later
+chunks of a long prompt look back on the cache as decode tokens do.
 
 Legend: T rows (tokens) of one forward, D of them decode, U prompt tokens, H heads of this rank, R ``kv_lora_rank``,
-P ``qk_pos_emb_head_dim``, N ``qk_head_dim``, V ``v_head_dim``, L cached positions read, W = R + P.
+P ``qk_pos_emb_head_dim``, N ``qk_head_dim``, V ``v_head_dim``, W = R + P.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention, M
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from r1_megatron.model.generation import StepContext, gather_rows, rotary_tables, scores_float32
+from r1_megatron.kernels import paged_attention
+from r1_megatron.model.generation import StepContext, gather_rows, rotary_tables
 from r1_megatron.model.transformer import output_projection_with_bias
 
 # Of the norms of the low-rank query and of the latent, whatever the model's own (DeepSeek's and Transformers' modelling
@@ -154,15 +156,20 @@ class LatentAttention(MLASelfAttention):
         return self.linear_kv_up_proj.weight.view(-1, cfg.qk_head_dim + cfg.v_head_dim, cfg.kv_lora_rank)
 
     def _decode(self, q_nope_DHN, q_rope_DHP, cache, step: StepContext) -> torch.Tensor:
-        """Absorbed attention of one token a sequence over its cached latents; answers ``[D, H * V]``."""
+        """Absorbed attention of single tokens over the cached latents of their sequences; answers ``[D, H * V]``."""
         nope, rank = self.config.qk_head_dim, self.config.kv_lora_rank
         up_HAR = self._up_projection()
-        past_DLW = cache[step.first_slot : step.first_slot + step.num_decode, : step.num_cached]
         q_latent_DHR = torch.bmm(q_nope_DHN.transpose(0, 1), up_HAR[:, :nope]).transpose(0, 1)
-        q_DHW = torch.cat([q_latent_DHR, q_rope_DHP], -1)
-        scores_DHL = scores_float32(q_DHW, past_DLW, self.softmax_scale, step.decode_bias)
-        weights_DHL = scores_DHL.softmax(-1).to(q_DHW.dtype)
-        mixed_DHR = torch.bmm(weights_DHL, past_DLW[..., :rank])
+        mixed_DHR = paged_attention(
+            torch.cat([q_latent_DHR, q_rope_DHP], -1),
+            cache,
+            step.page_table,
+            step.lengths,
+            num_groups=1,
+            value_start=0,
+            value_width=rank,
+            scale=self.softmax_scale,
+        )
         return torch.bmm(mixed_DHR.transpose(0, 1), up_HAR[:, nope:].transpose(1, 2)).transpose(0, 1).flatten(1)
 
     def _prefill(self, q_nope_UHN, q_rope_UHP, latent_UW, prompts: PackedSeqParams) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -10,19 +10,19 @@ from r1_megatron.data.tokenizers import Tokenizer
 from r1_megatron.rollout.in_flight import InFlight
 from r1_megatron.rollout.requests import Call
 from r1_megatron.rollout.sampler import request_key
-from r1_megatron.rollout.scheduler import SAMPLES_PER_PROMPT_LIMIT, Finished, Lane
+from r1_megatron.rollout.scheduler import SAMPLES_PER_PROMPT_LIMIT, Finished, Live
 from r1_megatron.rollout.stopping import StopStrings
 from r1_megatron.types import FinishReason, Rollout
 
-# The experts of a cache slot's first tokens: (slot, number of tokens) -> [tokens, layers, topk], None if not recorded.
-Routing = Callable[[int, int], "np.ndarray | None"]
+# The experts of a sequence's first tokens: (its pages, number of tokens) -> [tokens, layers, topk], or None.
+Routing = Callable[[np.ndarray, int], "np.ndarray | None"]
 
 
 class Answers:
     """Collects the rollouts of one call.
 
     Args:
-        call: its finished sequences in flight are answers already, the others wait in the lanes' queues.
+        call: its finished sequences in flight are answers already, the others wait in the queue.
         stop_tokens: ids that end a sequence and are left out of its text.
     """
 
@@ -31,13 +31,14 @@ class Answers:
         self._stop_strings = StopStrings(tokenizer, call.sampling.stop) if call.sampling.stop else None
         self._numbers = {prompt.index: number for number, prompt in enumerate(call.prompts)}
         self._rollouts: list[list[Rollout | None]] = [[None] * call.samples_per_prompt for _ in call.prompts]
-        self._resumed: dict[int, InFlight] = {}
+        # By request, unfinished ones as an earlier call or their giving up left them.
+        self._begun: dict[int, InFlight] = {}
         for begun in call.in_flight:
             if begun.finish is not None:
                 experts = self._recorded(begun)
                 self._add(begun.request, begun.tokens, begun.prompt_len, begun.logprobs, experts, begun.finish)
                 continue
-            self._resumed[begun.request] = begun
+            self._begun[begun.request] = begun
             for token in begun.tokens[begun.prompt_len :].tolist():
                 self.completes_stop_string(begun.request, token)
 
@@ -53,28 +54,33 @@ class Answers:
         return self._stop_strings is not None and self._stop_strings.completes(request, token)
 
     def finish(self, end: Finished, routing: Routing) -> None:
-        """A sequence ended; its slot is still as it was."""
-        request = end.request.request
-        experts = self._experts(request, end.slot, len(end.tokens) - 1, routing)
+        """A sequence ended; its pages are still as they were."""
+        request, tokens, logprobs, _ = end.sequence
         finish: FinishReason = "stop" if end.stopped else "length"
-        self._add(request, end.tokens, len(end.request.prompt), end.logprobs, experts, finish)
+        self._add(request.request, tokens, len(request.prompt), logprobs, self._experts(end.sequence, routing), finish)
         if self._stop_strings is not None:
-            self._stop_strings.forget(request)
+            self._stop_strings.forget(request.request)
 
-    def in_flight(self, lanes: Sequence[Lane], routing: Routing) -> list[InFlight]:
-        """All sequences that have begun, in this call or in an earlier one, in the order of their request."""
-        begun = [
-            self._as_in_flight(r.request, r.tokens, r.prompt_len, r.logprobs, r.routed_experts, r.finish)
-            for group in self._rollouts
-            for r in group
-            if r is not None
-        ]
-        for lane in lanes:
-            for request, tokens, logprobs, slot in lane.sequences():
-                experts = self._experts(request.request, slot, len(tokens) - 1, routing)
-                begun.append(self._as_in_flight(request.request, tokens, len(request.prompt), logprobs, experts, None))
-            begun += [self._resumed[r.request] for r in lane.queue if r.request in self._resumed]
-        return sorted(begun, key=lambda rollout: rollout.request)
+    def give_up(self, sequence: Live, routing: Routing) -> None:
+        """A sequence is put back into the queue; its pages are still as they were.
+
+        It will be fed again, but its experts are those that its tokens met when they were drawn.
+        """
+        self._begun[sequence.request.request] = self._on_its_way(sequence, routing)
+
+    def in_flight(self, live: Iterable[Live], routing: Routing) -> list[InFlight]:
+        """All sequences that have begun, in this call or in an earlier one, in the order of their request.
+
+        ``live``: those whose tokens but the last one are in the cache. Others that have begun wait to be fed again.
+        """
+        begun = dict(self._begun)
+        for sequence in live:
+            begun[sequence.request.request] = self._on_its_way(sequence, routing)
+        for r in (r for group in self._rollouts for r in group if r is not None):
+            begun[r.request] = self._as_in_flight(
+                r.request, r.tokens, r.prompt_len, r.logprobs, r.routed_experts, r.finish
+            )
+        return [begun[request] for request in sorted(begun)]
 
     def _add(
         self,
@@ -112,15 +118,20 @@ class Answers:
         key = request_key(self._call.seed, request)
         return InFlight(request, key, tokens, prompt_len, logprobs, finish, self._call.policy_version, by_layer)
 
-    def _experts(self, request: int, slot: int, num_fed: int, routing: Routing) -> np.ndarray | None:
-        """Those of a sequence's fed tokens; of a resumed one what it met when they were drawn, not when fed again."""
-        experts = routing(slot, num_fed)
-        if experts is not None and (resumed := self._resumed.get(request)) is not None:
-            experts[: len(resumed.tokens) - 1] = self._recorded(resumed)
+    def _on_its_way(self, sequence: Live, routing: Routing) -> InFlight:
+        request, tokens, logprobs, _ = sequence
+        experts = self._experts(sequence, routing)
+        return self._as_in_flight(request.request, tokens, len(request.prompt), logprobs, experts, None)
+
+    def _experts(self, sequence: Live, routing: Routing) -> np.ndarray | None:
+        """Those of a sequence's fed tokens; of one fed again what it met when they were drawn, not when fed again."""
+        experts = routing(sequence.pages, len(sequence.tokens) - 1)
+        if experts is not None and (begun := self._begun.get(sequence.request.request)) is not None:
+            experts[: len(begun.tokens) - 1] = self._recorded(begun)
         return experts
 
     def _recorded(self, begun: InFlight) -> np.ndarray | None:
-        """``[num_tokens - 1, layers, topk]`` from an earlier call."""
+        """``[num_tokens - 1, layers, topk]`` as they were recorded before."""
         if self._call.routing_shape is None:
             return None
         layers, topk = self._call.routing_shape

@@ -1,8 +1,8 @@
 """Generation on the training model itself: the same modules, the same weights, the same parallel layout.
 
 No second engine, no copy of the weights, nothing to synchronise after an optimizer step. A forward takes one row per
-token: a decode token of every live sequence, then whole prompts, then padding up to a multiple of the tensor-parallel
-size, so that sequence parallelism and expert dispatch work on it exactly as in training.
+token: a decode token of every live sequence, then prompts, then padding up to a multiple of the tensor-parallel size,
+so that sequence parallelism and expert dispatch work on it exactly as in training.
 
 Pipeline stages work on different *lanes* (groups of sequences) at the same time. Virtual stage ``chunk * pp + rank``
 hands hidden states to the next one around the ring of pipeline ranks; the last one draws tokens and sends them to all::
@@ -10,9 +10,11 @@ hands hidden states to the next one around the ring of pipeline ranks; the last 
     for each round:  for each chunk of this rank:  for each lane:  receive, forward, send
     (first chunk: the lane takes its last tokens and plans its step; last virtual stage: it draws)
 
-Every stage plans from the same requests and tokens, so shapes are never sent. Data-parallel ranks generate for
-themselves, except that ranks which exchange tokens between experts have to run the same number of forwards: they agree
-every few steps whether a lane has work anywhere, and a lane without sequences feeds padding.
+Every stage plans from the same requests and tokens, and takes and plans in the same order, for lanes share a queue and
+the cache; so shapes are never sent. Copies of pages come right before each chunk's forward: lanes that plan one after
+the other find, in every layer, what the ones before them have written. Data-parallel ranks generate for themselves,
+except that ranks which exchange tokens between experts have to run the same number of forwards: they agree every few
+rounds which lanes have work anywhere, and a lane without sequences feeds padding.
 
 Where a run may be asked to end, rounds come in segments, and after each of them all ranks of the job agree on whether
 to go on. A segment ends between two rounds: every stage has been through the same steps of every lane, and drawn tokens
@@ -38,15 +40,15 @@ from r1_megatron.model.generation import StepContext, gather_rows, pack_prompts
 from r1_megatron.model.routing import chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rollout.answers import Answers
-from r1_megatron.rollout.cache import TokenCache
+from r1_megatron.rollout.cache import PAGE_SIZE, TokenCache
 from r1_megatron.rollout.in_flight import InFlight, RolloutStopped
 from r1_megatron.rollout.pipeline import Pipeline
 from r1_megatron.rollout.requests import Call, check_call, make_requests
 from r1_megatron.rollout.sampler import group_gather, position_keys, sample_tokens
-from r1_megatron.rollout.scheduler import SAMPLES_PER_PROMPT_LIMIT, Lane, StepPlan, split_lanes
+from r1_megatron.rollout.scheduler import SAMPLES_PER_PROMPT_LIMIT, Scheduler, StepPlan
 from r1_megatron.types import Prompt, Rollout
 
-# Coupled ranks ask each other every so many steps whether a lane still has work.
+# Coupled ranks ask each other every so many rounds which lanes still have work.
 AGREE_EVERY = 4
 
 
@@ -66,17 +68,31 @@ def build_engine(cfg: RunConfig, chunks: Sequence[Any], groups: ProcessGroups, t
         )
     if groups.topology.cp > 1:
         raise ValueError(f"parallel.context_parallel_size={groups.topology.cp}: generation needs 1.")
-    num_lanes = cfg.rollout.pipeline_groups or groups.topology.pp
-    split_lanes([], num_lanes, cfg.rollout.max_sequences, max_len, ())  # says what does not fit
+    rollout = cfg.rollout
+    num_lanes = rollout.pipeline_groups or groups.topology.pp
+    if rollout.max_sequences < num_lanes:
+        raise ValueError(
+            f"rollout.max_sequences={rollout.max_sequences} is less than the {num_lanes} groups in flight "
+            "(rollout.pipeline_groups, at least one per pipeline stage). Raise rollout.max_sequences."
+        )
+    if rollout.cache_tokens is not None and rollout.cache_tokens < max_len:
+        raise ValueError(
+            f"rollout.cache_tokens={rollout.cache_tokens} is less than one sequence, which could never end: "
+            f"data.max_prompt_tokens({cfg.data.max_prompt_tokens}) + sampling.max_new_tokens("
+            f"{cfg.sampling.max_new_tokens}) = {max_len} tokens. Raise the former or shorten one of the latter."
+        )
     return Engine(
         chunks,
         groups,
         tokenizer,
         vocab_size=cfg.model.vocab_size,
-        num_slots=cfg.rollout.max_sequences,
+        max_sequences=rollout.max_sequences,
         num_lanes=num_lanes,
         max_len=max_len,
-        record_routing=cfg.rollout.router_replay,
+        page_size=PAGE_SIZE[groups.device.type],
+        cache_tokens=rollout.cache_tokens,
+        max_prefill_tokens=rollout.max_prefill_tokens,
+        record_routing=rollout.router_replay,
     )
 
 
@@ -86,12 +102,17 @@ class Engine:
     Args:
         chunks: this pipeline rank's virtual chunks.
         vocab_size: real vocabulary, without padding columns.
-        num_slots: sequences in flight on this data-parallel rank, shared out over ``num_lanes``.
+        max_sequences: in flight on this data-parallel rank, shared out over ``num_lanes``; at least as many.
         max_len: longest sequence, prompt included.
+        page_size: positions of a page of the cache.
+        cache_tokens: that the cache holds, rounded up to pages; at least ``max_len``. ``None``: enough for all
+            ``max_sequences`` at ``max_len``.
+        max_prefill_tokens: prompt tokens of one forward, at most.
         record_routing: fill :attr:`Rollout.routed_experts`.
         segment_rounds: rounds between two questions whether to stop.
 
-    ``metrics`` describes the last call: tokens drawn and fed, forwards, seconds by activity, bytes of the cache.
+    ``metrics`` describes the last call: tokens drawn and fed, forwards, sequences of a forward (mean), preemptions,
+    seconds by activity, bytes of the cache and the most pages that were in use.
     """
 
     def __init__(
@@ -101,14 +122,20 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         vocab_size: int,
-        num_slots: int,
+        max_sequences: int,
         num_lanes: int,
         max_len: int,
+        page_size: int,
+        cache_tokens: int | None,
+        max_prefill_tokens: int,
         record_routing: bool = False,
         segment_rounds: int = 64,
     ):
         self.chunks, self.groups, self.tokenizer = list(chunks), groups, tokenizer
-        self.vocab_size, self.num_slots, self.num_lanes, self.max_len = vocab_size, num_slots, num_lanes, max_len
+        self.vocab_size, self.max_len, self.page_size = vocab_size, max_len, page_size
+        self.max_sequences, self.num_lanes, self.max_prefill_tokens = max_sequences, num_lanes, max_prefill_tokens
+        pages = max_sequences * _pages(max_len, page_size) if cache_tokens is None else _pages(cache_tokens, page_size)
+        self.num_pages = pages
         self.record_routing, self.segment_rounds = record_routing, segment_rounds
         self.config = self.chunks[0].config
         self.metrics: dict[str, float] = {}
@@ -154,12 +181,27 @@ class Engine:
         call = Call(prompts, samples_per_prompt, sampling, seed, policy_version, in_flight, routing_shape)
         check_call(call, vocab_size=self.vocab_size, max_len=self.max_len)
         stop_tokens = {self.tokenizer.eos_id, *sampling.stop_token_ids}
-        lanes = split_lanes(make_requests(call), self.num_lanes, self.num_slots, self.max_len, sorted(stop_tokens))
+        scheduler = Scheduler(
+            make_requests(call),
+            num_lanes=self.num_lanes,
+            max_sequences=self.max_sequences,
+            max_len=self.max_len,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            stop_tokens=sorted(stop_tokens),
+            max_prefill_tokens=self.max_prefill_tokens,
+        )
         answers = Answers(call, self.tokenizer, stop_tokens)
         with self._generating():
-            run = _Generation(self, lanes, answers, sampling)
+            run = _Generation(self, scheduler, answers, sampling)
             run.run(stop)
-        self.metrics = run.clock.metrics(self._cache.num_bytes if self._cache else 0)
+        self.metrics = {
+            **run.clock.metrics(),
+            "rollout/batch_mean": scheduler.num_stepped / max(scheduler.num_steps, 1),
+            "rollout/preemptions": scheduler.num_given_up,
+            "rollout/cache_pages_peak": scheduler.pool.peak,
+            "rollout/cache_bytes": self._cache.num_bytes if self._cache else 0,
+        }
         return answers.rollouts
 
     def release(self) -> None:
@@ -202,8 +244,8 @@ class Engine:
         num_routers = sum(map(len, self._routers))
         self._cache = TokenCache(
             [layer.layer_number for layer in self._layers],
-            self.num_slots,
-            self.max_len,
+            self.num_pages,
+            self.page_size,
             self._layers[0].self_attention.cache_width if self._layers else 0,
             cfg.params_dtype,
             self.groups.device,
@@ -215,6 +257,10 @@ class Engine:
         else:  # a pipeline stage of an embedding or a head only
             empty = torch.empty(self.max_len, 1, 0, device=self.groups.device)
             self._rotary = (empty, empty)
+
+
+def _pages(num_tokens: int, page_size: int) -> int:
+    return -(-num_tokens // page_size)
 
 
 @dataclass
@@ -233,14 +279,13 @@ class _Clock:
         self.seconds[activity] += now - self._last
         self._last = now
 
-    def metrics(self, cache_bytes: int) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         total = sum(self.seconds.values())
         return {
             "rollout/num_tokens": self.num_tokens_drawn,
             "rollout/num_tokens_fed": self.num_tokens_fed,
             "rollout/num_forwards": self.num_forwards,
             "rollout/tokens_per_s": self.num_tokens_drawn / total if total else 0.0,
-            "rollout/cache_bytes": cache_bytes,
             **{f"rollout/{activity}_s": seconds for activity, seconds in self.seconds.items()},
         }
 
@@ -249,32 +294,33 @@ class _Clock:
 class _Flight:
     """A lane on its way: the step it is in, and the tokens it waits for."""
 
-    lane: Lane
-    plan: StepPlan = field(init=False)
+    lane: int
+    active: bool = True  # of coupled ranks: some of them had work in this lane when they last agreed
+    plan: StepPlan | None = None  # of this round; None: the lane runs no forward in it
     step: StepContext = field(init=False)
-    token_ids: torch.Tensor = field(init=False)
     hidden: torch.Tensor | None = None  # between two chunks where one rank holds the whole pipeline
-    arriving: tuple[Any, torch.Tensor] | None = None
-    num_steps: int = 0
-    over: bool = False
+    arriving: tuple[StepPlan, torch.Tensor, Any] | None = None  # the step, what it draws, a receive to wait for
 
 
 class _Generation:
     """One call of :meth:`Engine.generate`."""
 
-    def __init__(self, engine: Engine, lanes: Sequence[Lane], answers: Answers, sampling: SamplingConfig):
+    def __init__(self, engine: Engine, scheduler: Scheduler, answers: Answers, sampling: SamplingConfig):
         assert engine._cache is not None and engine._rotary is not None
-        self.engine, self.answers, self.sampling = engine, answers, sampling
+        self.engine, self.scheduler, self.answers, self.sampling = engine, scheduler, answers, sampling
         self.groups, self.config, self.device = engine.groups, engine.config, engine.groups.device
         self.cache, (self.cos, self.sin) = engine._cache, engine._rotary
-        self.flights = [_Flight(lane) for lane in lanes]
+        self.flights = [_Flight(lane) for lane in range(engine.num_lanes)]
         self.pipeline = Pipeline(self.groups, len(engine.chunks))
         self.clock = _Clock()
+        self.num_rounds, self.over = 0, False
         self.tp = self.groups.topology.tp
         self.num_shards = self.tp if self.config.sequence_parallel else 1
         expert_peers = set(dist.get_process_group_ranks(self.groups.expert_tp_ep))
         self.coupled = not expert_peers <= set(dist.get_process_group_ranks(self.groups.tp))
-        self.first_router = np.cumsum([0, *map(len, engine._routers)]).tolist()
+        # Each chunk's layers and mixture-of-experts layers among those of this rank.
+        self.layers = _slices([len(chunk.decoder.layers) for chunk in engine.chunks])
+        self.moe_layers = _slices([len(routers) for routers in engine._routers])
 
     def run(self, stop: Callable[[], bool] | None) -> None:
         """Rounds until every lane is empty; with ``stop``, in segments until that holds on all ranks of the job.
@@ -296,8 +342,7 @@ class _Generation:
 
     def _meet(self, stop: Callable[[], bool]) -> tuple[bool, bool]:
         """Whether any rank of the job has work left, and whether any was asked to stop."""
-        working = not all(flight.over for flight in self.flights)
-        anywhere = torch.tensor([int(working), int(stop())], device=self.device)
+        anywhere = torch.tensor([int(not self.over), int(stop())], device=self.device)
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
         work_left, stopping = anywhere.tolist()
         self.clock.charge("wait")
@@ -307,77 +352,80 @@ class _Generation:
         for flight in self.flights:
             self._take_arriving(flight)
         self.pipeline.flush()
-        return self.answers.in_flight([flight.lane for flight in self.flights], self._routing)
+        return self.answers.in_flight(self.scheduler.sequences(), self._routing)
 
     def _run_rounds(self, limit: int | None = None) -> None:
-        """At most ``limit`` rounds, fewer if every lane is over before."""
-        last_chunk = len(self.engine.chunks) - 1
-        num_rounds = 0
-        while num_rounds != limit and not all(flight.over for flight in self.flights):
-            num_rounds += 1
-            for number in range(last_chunk + 1):
+        """At most ``limit`` rounds, fewer if all is done before."""
+        end = None if limit is None else self.num_rounds + limit
+        while self.num_rounds != end and not self._is_over():
+            self.num_rounds += 1
+            for number in range(len(self.engine.chunks)):
                 for flight in self.flights:
-                    if number == 0 and not flight.over:
+                    if number == 0:
                         self._begin(flight)
-                    if not flight.over:
-                        self._forward(flight, number)
+                    if flight.plan is not None:
+                        self._forward(flight, flight.plan, number)
             for flight in self.flights:
-                if not flight.over and self.pipeline.rank < self.pipeline.size - 1 and flight.plan.num_sampled:
+                if flight.plan is not None and flight.plan.num_sampled and flight.arriving is None:
                     drawn = torch.empty(flight.plan.num_sampled, 2, dtype=torch.float64, device=self.device)
-                    flight.arriving = (self.pipeline.expect_tokens(drawn), drawn)
+                    flight.arriving = (flight.plan, drawn, self.pipeline.expect_tokens(drawn))
+
+    def _is_over(self) -> bool:
+        """Whether all is done; asked before each round. Coupled ranks agree on it, lane by lane."""
+        if not self.coupled:
+            self.over = not self.scheduler.has_work
+        elif not self.over and self.num_rounds % AGREE_EVERY == 0:
+            has_work = [int(self.scheduler.lane_has_work(flight.lane)) for flight in self.flights]
+            anywhere = torch.tensor(has_work, device=self.device)
+            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.groups.expert_tp_ep)
+            for flight, active in zip(self.flights, anywhere.tolist()):
+                flight.active = bool(active)
+            self.over = not any(flight.active for flight in self.flights)
+            self.clock.charge("wait")
+        return self.over
 
     def _begin(self, flight: _Flight) -> None:
-        """Take the tokens of the last step, agree on whether there is another, and plan it."""
+        """Take the tokens of the last step and plan the next one, if there is one."""
         self._take_arriving(flight)
-        has_work = flight.lane.has_work
-        if self.coupled and flight.num_steps % AGREE_EVERY == 0:
-            anywhere = torch.tensor([int(has_work)], device=self.device)
-            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.groups.expert_tp_ep)
-            flight.over = not anywhere.item()
-            self.clock.charge("wait")
-        elif not self.coupled:
-            flight.over = not has_work
-        if flight.over:
+        flight.plan = None
+        if self.coupled and not flight.active:
             return
-        flight.num_steps += 1
-        flight.plan = flight.lane.plan()
-        self.cache.copy(flight.plan.copies_before)
-        flight.step, flight.token_ids = self._context(flight.lane, flight.plan)
+        plan = self.scheduler.plan(flight.lane)
+        for sequence in plan.given_up:
+            self.answers.give_up(sequence, self._routing)
+        if len(plan.tokens) or self.coupled:
+            flight.plan, flight.step = plan, self._context(plan)
         self.clock.charge("plan")
 
-    def _context(self, lane: Lane, plan: StepPlan) -> tuple[StepContext, torch.Tensor]:
-        """The step on the device, and its token ids int64 ``[T]``."""
+    def _context(self, plan: StepPlan) -> StepContext:
+        """The step on the device."""
         num_tokens, num_decode = len(plan.tokens), plan.num_decode
         num_rows = max(-(-num_tokens // self.num_shards), 1) * self.num_shards
         table = np.zeros((3, num_rows), dtype=np.int64)
-        table[0, :num_tokens] = plan.tokens
-        table[1, :num_tokens] = plan.positions
-        table[2, :num_tokens] = (lane.first_slot + plan.slots) * self.cache.max_len + plan.positions
+        table[:, :num_tokens] = plan.tokens, plan.positions, plan.cache_rows
         tokens, positions, cache_rows = torch.from_numpy(table).to(self.device).unbind(0)
-        num_cached = int(plan.positions[:num_decode].max()) + 1 if num_decode else 0
-        behind = torch.arange(num_cached, device=self.device) > positions[:num_decode, None]
-        bias = torch.zeros(num_decode, 1, num_cached, device=self.device).masked_fill_(behind[:, None], -torch.inf)
-        step = StepContext(
+        lengths = (plan.positions[:num_decode] + 1).astype(np.int32)
+        return StepContext(
             num_rows=num_rows,
             num_decode=num_decode,
             num_prompt_tokens=num_tokens - num_decode,
-            first_slot=lane.first_slot,
-            num_cached=num_cached,
+            tokens=tokens,
+            positions=positions,
             cache=self.cache.layers,
             cache_rows=cache_rows[:num_tokens],
-            decode_bias=bias,
+            page_table=torch.from_numpy(plan.page_table).to(self.device),
+            lengths=torch.from_numpy(lengths).to(self.device),
             cos=self.cos[positions],
             sin=self.sin[positions],
             prompts=pack_prompts(plan.prefill_lengths, self.device),
         )
-        return step, tokens
 
-    def _forward(self, flight: _Flight, number: int) -> None:
+    def _forward(self, flight: _Flight, plan: StepPlan, number: int) -> None:
         """One virtual stage of one lane's step."""
-        chunk, step, plan = self.engine.chunks[number], flight.step, flight.plan
+        chunk, step = self.engine.chunks[number], flight.step
         hidden = None
         if self.pipeline.is_first(number):
-            hidden = chunk.embedding(input_ids=flight.token_ids[None], position_ids=None)
+            hidden = chunk.embedding(input_ids=step.tokens[None], position_ids=None)
         elif self.pipeline.size == 1:
             chunk.decoder.set_input_tensor(flight.hidden)
         else:
@@ -386,10 +434,10 @@ class _Generation:
             self.pipeline.receive_hidden(received)
             chunk.decoder.set_input_tensor(received)
             self.clock.charge("wait")
+        self.cache.copy(plan.copies, self.layers[number], self.moe_layers[number])
         hidden = chunk.decoder(hidden_states=hidden, attention_mask=None, inference_context=step)
         self._record_routing(number, step)
         if number == len(self.engine.chunks) - 1:
-            self.cache.copy(plan.copies_after)
             self.clock.num_tokens_fed += len(plan.tokens)
         self.clock.num_forwards += 1
         self.clock.charge("forward")
@@ -401,7 +449,7 @@ class _Generation:
         elif plan.num_sampled:
             drawn = self._draw(chunk, hidden, plan)
             self.pipeline.send_tokens(drawn)
-            self._take(flight, drawn.cpu())
+            flight.arriving = (plan, drawn, None)
 
     def _draw(self, chunk: Any, hidden: torch.Tensor, plan: StepPlan) -> torch.Tensor:
         """(token, log-probability) of every live sequence, float64 ``[num_sampled, 2]``."""
@@ -428,45 +476,43 @@ class _Generation:
         return drawn
 
     def _take_arriving(self, flight: _Flight) -> None:
-        """Take the tokens that the last stage drew for this lane, if any are under way."""
+        """Take the tokens of the lane's last step, drawn here or received; all stages do so at the same point."""
         if flight.arriving is None:
             return
-        work, drawn = flight.arriving
+        plan, drawn, receive = flight.arriving
         flight.arriving = None
-        work.wait()
+        if receive is not None:
+            receive.wait()
         drawn = drawn.cpu()
         self.clock.charge("wait")
-        self._take(flight, drawn)
+        self._take(flight.lane, plan, drawn)
 
-    def _take(self, flight: _Flight, drawn: torch.Tensor) -> None:
+    def _take(self, lane: int, plan: StepPlan, drawn: torch.Tensor) -> None:
         """Append the drawn tokens to their sequences and answer those that end."""
-        lane = flight.lane
+        requests = [self.scheduler.request(sequence).request for sequence in plan.sequences.tolist()]
         tokens, logprobs = drawn[:, 0].numpy().astype(np.int64), drawn[:, 1].numpy()
         if not np.isfinite(logprobs).all():
-            slot = int(np.flatnonzero(~np.isfinite(logprobs))[0])
+            number = int(np.flatnonzero(~np.isfinite(logprobs))[0])
             raise FloatingPointError(
-                f"generation: the logits are not finite at position {flight.plan.sample_positions[slot]} of request "
-                f"{lane.live[slot].request} (prompt {lane.live[slot].request // SAMPLES_PER_PROMPT_LIMIT})"
+                f"generation: the logits are not finite at position {plan.sample_positions[number]} of request "
+                f"{requests[number]} (prompt {requests[number] // SAMPLES_PER_PROMPT_LIMIT})"
             )
-        stopped = lane.append(tokens, logprobs)
+        stopped = self.scheduler.append(plan, tokens, logprobs)
         self.clock.num_tokens_drawn += len(tokens)
         if self.sampling.stop:
-            for slot, (request, token) in enumerate(zip(lane.live, tokens.tolist())):
-                stopped[slot] |= self.answers.completes_stop_string(request.request, token)
-        finished, copies = lane.retire(stopped)
-        for end in finished:
+            for number, (request, token) in enumerate(zip(requests, tokens.tolist())):
+                stopped[number] |= self.answers.completes_stop_string(request, token)
+        for end in self.scheduler.retire(lane, plan, stopped):
             self.answers.finish(end, self._routing)
-        self.cache.copy(copies)
         self.clock.charge("plan")
 
-    def _routing(self, slot: int, num_tokens: int) -> np.ndarray | None:
-        """The experts recorded in a cache slot, ``[num_tokens, layers of this rank, topk]``."""
-        if self.cache.routing is None:
-            return None
-        return self.cache.routing[slot, :num_tokens].cpu().numpy().copy()
+    def _routing(self, pages: np.ndarray, num_tokens: int) -> np.ndarray | None:
+        """The experts recorded in a sequence's pages, ``[num_tokens, layers of this rank, topk]``."""
+        recorded = self.cache.recorded_routing(torch.from_numpy(pages).to(self.device), num_tokens)
+        return None if recorded is None else recorded.cpu().numpy()
 
     def _record_routing(self, number: int, step: StepContext) -> None:
-        """If asked for, keep the experts that this chunk's routers just chose, in the rows of the tokens' slots."""
+        """If asked for, keep the experts that this chunk's routers just chose, in the rows of their tokens."""
         routers, record = self.engine._routers[number], self.cache.routing
         num_tokens = step.num_decode + step.num_prompt_tokens
         if not routers or record is None:
@@ -474,4 +520,10 @@ class _Generation:
         experts = torch.stack([router.router_replay.recorded for router in routers], 1).to(record.dtype)
         if self.num_shards > 1:
             experts = gather_rows(experts, self.groups.tp)
-        self.cache.record_routing(step.cache_rows, self.first_router[number], experts[:num_tokens])
+        self.cache.record_routing(step.cache_rows, self.moe_layers[number], experts[:num_tokens])
+
+
+def _slices(counts: Sequence[int]) -> list[slice]:
+    """Consecutive pieces of these lengths."""
+    ends = np.cumsum(counts).tolist()
+    return [slice(end - count, end) for end, count in zip(ends, counts)]

@@ -55,7 +55,7 @@ def check_call(call: Call, *, vocab_size: int, max_len: int) -> None:
 
     Args:
         vocab_size: real vocabulary.
-        max_len: what a slot of the cache holds, in tokens.
+        max_len: longest sequence, in tokens.
     """
     sampling = call.sampling
     check_sampling(sampling)
@@ -76,7 +76,7 @@ def check_call(call: Call, *, vocab_size: int, max_len: int) -> None:
         if length + sampling.max_new_tokens > max_len:
             problems.append(
                 f"prompt {prompt.index}: {length} tokens + sampling.max_new_tokens({sampling.max_new_tokens}) = "
-                f"{length + sampling.max_new_tokens}, but the cache holds {max_len} tokens a sequence "
+                f"{length + sampling.max_new_tokens}, but a sequence may have {max_len} tokens "
                 "(data.max_prompt_tokens + sampling.max_new_tokens of the run)"
             )
         if prompt.index in seen or not 0 <= prompt.index < 1 << 43:

@@ -1,44 +1,51 @@
-"""Which sequences are in flight, and what each forward feeds the model. Pure bookkeeping on the host, no torch.
+"""Which sequences are in flight, where their past lies, and what each forward feeds the model. Host only, no torch.
 
 A *lane* is a group of sequences that steps together: pipeline stages work on different lanes at the same time, so a
-pipeline keeps at least as many lanes as stages. Each lane owns a run of cache slots. Invariants, all asserted or
-tested:
+pipeline keeps at least as many lanes as stages. All lanes take requests from one queue and pages from one pool.
+Invariants, all asserted or tested:
 
-1. The live sequences of a lane occupy its first ``num_live`` slots, in order. A decode step therefore reads one
-   contiguous piece of the cache; when a sequence ends, the last one moves into its place.
-2. A prompt that several samples share is fed once: one slot computes it, the others copy its rows, and all draw their
-   first token from the same logits row. Samples that find no free slot join later: they copy all but the prompt's last
-   token from a sibling that is still live and feed that last token themselves, or they feed the prompt again.
-3. A request that was stopped on its way feeds its prompt and all it had drawn as one piece and draws on behind it. New
-   samples of its prompt copy the prompt's rows from it and draw their first token in the midst of that piece.
-4. Everything follows from the requests and the drawn tokens, so all ranks of a replica hold equal lanes without a word
-   said about shapes.
+1. A sequence's past lies in *pages* of ``page_size`` positions. Its page table says which, so that sequences come and
+   go without a row of the cache being moved.
+2. A prompt that several samples share is fed once. They hold its pages together, and those who begin in the forward
+   that feeds its last token draw from the same logits row. Samples that find a place later feed that last token
+   themselves. As long as samples of it wait in the queue, the prompt's pages are kept for them.
+3. What a sequence looks back on is never written again: who would write into a page that others hold as well takes a
+   copy of it first.
+4. Requests begin in the order of the queue, as far as places, pages and the prompt tokens of a forward allow; a place
+   that is left is taken in the lane's next forward. Requests of a prompt that is still being fed are passed over.
+5. A request begins if every sequence in flight could get one more page after it. When there is none left all the same,
+   the lane that needs it gives up its youngest sequence: pages are freed, and what it has drawn goes back to the head
+   of the queue. Tokens depend on nothing but their request, so it ends as if nothing had happened.
+6. A prompt of more than ``max_prefill_tokens`` is fed in chunks over several forwards, with the others' decode tokens.
+   A request that has drawn tokens (stopped in an earlier call, or given up in this one) feeds prompt and response as
+   one piece, which is a prompt to all that follows.
+7. Everything follows from the requests and the drawn tokens, so all ranks of a replica that ask in the same order hold
+   equal lanes without a word said about shapes.
 
-Legend: a slot index is local to the lane; ``first_slot + index`` is the cache's.
+Progress: a lane's oldest sequence is given up only for lack of a page for its next token, thus after it has drawn one,
+and the pages suffice for one sequence of ``max_len``. So every admission ends in a drawn token.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
-# Activations of a forward grow with its prompt tokens; beyond this many, a GPU is busy anyway.
-MAX_PREFILL_TOKENS = 16384
+from r1_megatron.rollout.pages import PagePool
+
 # Request id of sample j of a prompt: index * SAMPLES_PER_PROMPT_LIMIT + j.
 SAMPLES_PER_PROMPT_LIMIT = 1 << 20
 
 
 class Copy(NamedTuple):
-    """The first ``length`` rows of cache slot ``source`` become those of slot ``target``."""
+    """What page ``source`` holds becomes that of page ``target``."""
 
     source: int
     target: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Request:
         prompt_number: the prompt's place in the call; samples of one prompt have it in common.
         prompt: int64 ``[prompt_len]``.
         max_new_tokens: tokens to draw at most, those of ``response`` among them.
-        response, logprobs: int64 and float32 ``[num_response]``, what an earlier call drew before it was stopped.
+        response, logprobs: int64 and float32 ``[num_response]``, what was drawn before it was stopped or given up.
     """
 
     request: int
@@ -61,236 +68,396 @@ class Request:
     response: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
+    @property
+    def is_new(self) -> bool:
+        return len(self.response) == 0
+
+
+class Live(NamedTuple):
+    """A sequence on its way: ``tokens`` int64 with the prompt, ``logprobs`` float32 of the response.
+
+    ``pages`` int32 hold what the cache keeps of all tokens but the last one.
+    """
+
+    request: Request
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    pages: np.ndarray
+
+
+class Finished(NamedTuple):
+    """A sequence that ended, by a stop token or string if ``stopped``."""
+
+    sequence: Live
+    stopped: bool
+
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One forward of a lane.
+    """One forward of a lane: T tokens.
 
-    ``tokens`` and ``positions`` (int64 ``[num_tokens]``) list the decode tokens of slots ``0 .. num_decode - 1`` first,
-    then the prompts (of resumed requests: all tokens so far) packed. ``sampled_rows`` (int64 ``[num_live]``) names, for
-    every live sequence in slot order, the row whose logits its next token comes from.
+    The first D tokens attend over pages, each for itself: one of every sequence that draws tokens, and the later chunks
+    of prompts. The others are whole prompts or first chunks, packed: they attend among themselves.
 
     Attributes:
-        slots: int64 ``[num_tokens]``, the lane's slot of each token.
-        copies_before, copies_after: cache copies around the forward, in cache slots.
-        keys, sample_positions: int64 ``[num_live]``, what the sampler's noise is keyed by.
+        tokens, positions: int64 ``[T]``.
+        cache_rows: int64 ``[T]``, ``page * page_size + position % page_size``, where each token is kept.
+        page_table: int32 ``[D, pages of the longest]``, unused entries hold any page.
+        prefill_lengths: tokens of each packed piece.
+        sequences: int64 ``[num_sampled]``, the scheduler's numbers of the sequences that draw a token.
+        sampled_rows: int64 ``[num_sampled]``, the row of whose logits each draws.
+        keys, sample_positions: int64 ``[num_sampled]``, what the sampler's noise is keyed by.
+        copies: of pages, before the forward. Carried out together: all are read before any is written.
+        given_up: sequences that had to make room. Their pages are as they were until the copies are carried out.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
-    slots: np.ndarray
-    num_decode: int
+    cache_rows: np.ndarray
+    page_table: np.ndarray
     prefill_lengths: tuple[int, ...]
+    sequences: np.ndarray
     sampled_rows: np.ndarray
     keys: np.ndarray
     sample_positions: np.ndarray
-    copies_before: tuple[Copy, ...]
-    copies_after: tuple[Copy, ...]
+    copies: tuple[Copy, ...]
+    given_up: tuple[Live, ...]
+
+    @property
+    def num_decode(self) -> int:
+        return len(self.page_table)
 
     @property
     def num_sampled(self) -> int:
-        return len(self.sampled_rows)
+        return len(self.sequences)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A sequence that ended: ``tokens`` int64 with the prompt, ``logprobs`` float32 of the response, its last slot."""
+@dataclass
+class _Draft:
+    """A forward while it is planned. ``leaders``: of prompts that it completes, the sequences that feed them."""
 
-    request: Request
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    stopped: bool
-    slot: int
-
-
-class Live(NamedTuple):
-    """A sequence on its way: ``tokens`` int64 with the prompt, ``logprobs`` float32 of the response, its cache slot."""
-
-    request: Request
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    slot: int
+    budget: int
+    joining: list[int] = field(default_factory=list)
+    feeding: list[int] = field(default_factory=list)
+    chunks: list[int] = field(default_factory=list)
+    forks: list[tuple[int, int]] = field(default_factory=list)  # (sequence, its leader)
+    leaders: dict[int, int] = field(default_factory=dict)
+    copies: list[Copy] = field(default_factory=list)
+    given_up: list[Live] = field(default_factory=list)
 
 
-class Lane:
-    """The sequences of one group in flight.
+class Scheduler:
+    """The sequences of one call.
 
     Args:
         requests: in the order to be served; samples of one prompt stand together.
-        first_slot, num_slots: the lane's share of the cache.
+        num_lanes: groups that step by turns.
+        max_sequences: in flight, shared out evenly over the lanes; at least ``num_lanes``.
         max_len: longest sequence, in tokens.
+        num_pages, page_size: of the cache; together at least ``max_len``.
         stop_tokens: ids that end a sequence.
-        max_prefill_tokens: prompt tokens of one forward, at most (a longer prompt gets a forward of its own).
+        max_prefill_tokens: prompt tokens of one forward, at most.
+
+    ``num_steps``, ``num_stepped`` and ``num_given_up`` count forwards, the sequences of all of them, preemptions.
     """
 
     def __init__(
         self,
         requests: Sequence[Request],
-        first_slot: int,
-        num_slots: int,
+        *,
+        num_lanes: int,
+        max_sequences: int,
         max_len: int,
+        num_pages: int,
+        page_size: int,
         stop_tokens: Sequence[int],
-        max_prefill_tokens: int = MAX_PREFILL_TOKENS,
+        max_prefill_tokens: int,
     ):
-        assert num_slots > 0 or not requests
-        self.first_slot, self.num_slots, self.max_prefill_tokens = first_slot, num_slots, max_prefill_tokens
+        assert max_sequences >= num_lanes and num_pages * page_size >= max_len and max_prefill_tokens > 0
         self.queue = deque(requests)
-        self.live: list[Request] = []
-        num_slots = min(num_slots, len(requests))
-        self._tokens = np.zeros((num_slots, max_len), dtype=np.int64)
-        self._logprobs = np.zeros((num_slots, max_len), dtype=np.float32)
-        self._length = np.zeros(num_slots, dtype=np.int64)
-        self._limit = np.zeros(num_slots, dtype=np.int64)
-        self._key = np.zeros(num_slots, dtype=np.int64)
+        self.lanes: list[list[int]] = [[] for _ in range(num_lanes)]  # sequences by age
+        self.pool = PagePool(num_pages)
+        self.num_steps = self.num_stepped = self.num_given_up = 0
+        self._max_sequences, self._page_size, self._max_prefill_tokens = max_sequences, page_size, max_prefill_tokens
         self._stop_tokens = np.array(sorted(set(stop_tokens)), dtype=np.int64)
+        # By sequence. Of the `_length` tokens `_fed` are in the cache once the forwards planned so far have run.
+        num_rows = min(max_sequences, len(requests))
+        self._free = list(range(num_rows - 1, -1, -1))
+        self._requests: dict[int, Request] = {}
+        self._tokens = np.zeros((num_rows, max_len), dtype=np.int64)
+        self._logprobs = np.zeros((num_rows, max_len), dtype=np.float32)
+        self._table = np.zeros((num_rows, self._pages_of(max_len)), dtype=np.int32)
+        self._num_pages, self._prompt_len, self._length, self._fed, self._limit, self._key = np.zeros(
+            (6, num_rows), dtype=np.int64
+        )
+        # By prompt number: samples that have not begun, the pages kept for them, and who feeds the prompt meanwhile.
+        self._waiting = Counter(request.prompt_number for request in requests if request.is_new)
+        self._prompts: dict[int, np.ndarray] = {}
+        self._feeders: dict[int, int] = {}
 
     @property
     def num_live(self) -> int:
-        return len(self.live)
+        return sum(map(len, self.lanes))
 
     @property
     def has_work(self) -> bool:
-        return bool(self.live or self.queue)
+        return bool(self.queue) or any(self.lanes)
 
-    def plan(self) -> StepPlan:
-        """Admit what fits and lay out the next forward."""
-        num_old = self.num_live
-        decode_tokens = [self._tokens[np.arange(num_old), self._length[:num_old] - 1]]
-        decode_positions = [self._length[:num_old] - 1]
-        pieces: list[np.ndarray] = []  # prompts, and resumed requests' tokens so far
-        piece_slots: list[int] = []
-        piece_of: dict[int, int] = {}  # prompt number -> the first of `pieces` that begins with it
-        copies_before: list[Copy] = []
-        copies_after: list[Copy] = []
-        draws: list[tuple[int, int]] = []  # (piece, tokens of it) whose next token is drawn
+    def lane_has_work(self, lane: int) -> bool:
+        return bool(self.queue or self.lanes[lane])
 
-        # A sibling that already decodes still holds the prompt. Requests are in prompt order, so those who find one
-        # come first and their decode tokens stay in slot order.
-        holders = {request.prompt_number: slot for slot, request in enumerate(self.live)} if self.queue else {}
-        num_late = 0
-        while self.queue and self.num_live < len(self._length):
-            request = self.queue[0]
-            slot, prompt, number = self.num_live, request.prompt, request.prompt_number
-            tokens = np.concatenate([prompt, request.response])
-            feeds_all = len(request.response) > 0 or (number not in holders and number not in piece_of)
-            if feeds_all and pieces and sum(map(len, pieces)) + len(tokens) > self.max_prefill_tokens:
-                break
-            self.queue.popleft()
-            self._admit(request, tokens)
-            if feeds_all:
-                piece_of.setdefault(number, len(pieces))
-                draws.append((len(pieces), len(tokens)))
-                pieces.append(tokens)
-                piece_slots.append(slot)
-            elif number in piece_of:
-                draws.append((piece_of[number], len(prompt)))
-                copies_after.append(self._copy(piece_slots[piece_of[number]], slot, len(prompt)))
-            else:
-                assert not pieces, "samples of one prompt stand together"
-                num_late += 1
-                copies_before.append(self._copy(holders[number], slot, len(prompt) - 1))
-                decode_tokens.append(prompt[-1:])
-                decode_positions.append(np.array([len(prompt) - 1]))
+    def request(self, sequence: int) -> Request:
+        return self._requests[sequence]
 
-        num_decode = num_old + num_late
-        lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
-        starts = num_decode + np.cumsum(lengths) - lengths
-        return StepPlan(
-            tokens=np.concatenate([*decode_tokens, *pieces]),
-            positions=np.concatenate([*decode_positions, *(np.arange(length) for length in lengths)]),
-            slots=np.concatenate([np.arange(num_decode), np.repeat(np.array(piece_slots, dtype=np.int64), lengths)]),
-            num_decode=num_decode,
-            prefill_lengths=tuple(lengths.tolist()),
-            sampled_rows=np.array([*range(num_decode), *(starts[i] + count - 1 for i, count in draws)], dtype=np.int64),
-            keys=self._key[: self.num_live].copy(),
-            sample_positions=self._length[: self.num_live].copy(),
-            copies_before=tuple(copies_before),
-            copies_after=tuple(copies_after),
-        )
+    def plan(self, lane: int) -> StepPlan:
+        """Admit what fits and lay out the lane's next forward. It may have no tokens."""
+        live, draft = self.lanes[lane], _Draft(self._max_prefill_tokens)
+        self._make_room(live, draft)
+        old = np.array(live, dtype=np.int64)
+        length, fed = self._length[old], self._fed[old]
+        counts = np.minimum(length - fed, self._max_prefill_tokens)
+        in_chunks = np.flatnonzero((fed < length - 1) | (length == self._prompt_len[old]))
+        assert len(in_chunks) <= 1, "a lane feeds one long prompt at a time"
+        for place in in_chunks.tolist():
+            self._feed(live[place], int(counts[place]), draft)
+        self._admit(lane, draft)
+        if live:
+            self.num_steps += 1
+            self.num_stepped += len(live)
+        return self._lay_out(old, counts, draft)
 
-    def _admit(self, request: Request, tokens: np.ndarray) -> None:
-        slot, prompt_len, length = self.num_live, len(request.prompt), len(tokens)
-        self.live.append(request)
-        self._tokens[slot, :length] = tokens
-        self._logprobs[slot, prompt_len:length] = request.logprobs
-        self._length[slot] = length
-        self._limit[slot] = prompt_len + request.max_new_tokens
-        self._key[slot] = request.key
-
-    def append(self, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-        """Take the drawn tokens (one per live sequence); answers which sequences now end by a stop token, bool."""
-        num_live = self.num_live
-        rows, length = np.arange(num_live), self._length[:num_live]
+    def append(self, plan: StepPlan, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+        """Take the drawn tokens ``[num_sampled]``; answers which sequences now end by a stop token, bool."""
+        rows = plan.sequences
+        length = self._length[rows]
         self._tokens[rows, length] = tokens
         self._logprobs[rows, length] = logprobs
-        self._length[:num_live] += 1
+        self._length[rows] = length + 1
         return np.isin(tokens, self._stop_tokens)
 
-    def retire(self, stopped: np.ndarray) -> tuple[list[Finished], list[Copy]]:
-        """Take out the sequences that stopped or reached their limit.
+    def retire(self, lane: int, plan: StepPlan, stopped: np.ndarray) -> list[Finished]:
+        """Take out those of the plan's sequences that stopped or reached their limit.
 
-        Answers them, and the cache copies that close the gaps; read a finished slot before carrying these out.
+        Their pages are as they were until the next forward that is planned after this.
         """
-        num_live = self.num_live
-        done = stopped | (self._length[:num_live] >= self._limit[:num_live])
-        if not done.any():
-            return [], []
+        rows = plan.sequences
+        done = stopped | (self._length[rows] >= self._limit[rows])
         finished = []
-        for slot in np.flatnonzero(done):
-            request, length = self.live[slot], self._length[slot]
-            finished.append(
-                Finished(
-                    request,
-                    self._tokens[slot, :length].copy(),
-                    self._logprobs[slot, len(request.prompt) : length].copy(),
-                    bool(stopped[slot]),
-                    self.first_slot + int(slot),
-                )
-            )
-        num_left = num_live - len(finished)
-        holes = np.flatnonzero(done[:num_left]).tolist()
-        movers = (num_left + np.flatnonzero(~done[num_left:])).tolist()
-        for array in (self._tokens, self._logprobs, self._length, self._limit, self._key):
-            array[holes] = array[movers]
-        for hole, mover in zip(holes, movers):
-            self.live[hole] = self.live[mover]
-        del self.live[num_left:]
-        # The newest token is not in the cache yet.
-        copies = [self._copy(mover, hole, int(self._length[hole]) - 1) for hole, mover in zip(holes, movers)]
-        return finished, copies
+        for number in np.flatnonzero(done):
+            row = int(rows[number])
+            finished.append(Finished(self._told(row), bool(stopped[number])))
+            self._forget(row)
+        if finished:
+            ended = set(rows[done].tolist())
+            self.lanes[lane][:] = [row for row in self.lanes[lane] if row not in ended]
+        return finished
 
     def sequences(self) -> list[Live]:
-        """The live sequences, in slot order. Of each the cache holds all tokens but the last one, between two steps."""
-        return [
-            Live(
-                request,
-                self._tokens[slot, : self._length[slot]].copy(),
-                self._logprobs[slot, len(request.prompt) : self._length[slot]].copy(),
-                self.first_slot + slot,
-            )
-            for slot, request in enumerate(self.live)
-        ]
+        """Those in flight that have drawn tokens and whose past is in the cache; between two steps of their lane."""
+        return [self._told(row) for lane in self.lanes for row in lane if self._draws(row)]
 
-    def _copy(self, source: int, target: int, length: int) -> Copy:
-        return Copy(self.first_slot + source, self.first_slot + target, length)
+    # ------------------------------------------------------------------------------------------------------- one step
 
+    def _make_room(self, live: list[int], draft: _Draft) -> None:
+        """A page of its own for what each sequence feeds next. Older ones come first, the youngest make room.
 
-def split_lanes(
-    requests: Sequence[Request], num_lanes: int, num_slots: int, max_len: int, stop_tokens: Sequence[int]
-) -> list[Lane]:
-    """Share requests and slots out over the lanes, evenly and in order, so that samples of a prompt stay together.
+        Prompts in chunks have all their pages, but the one that their response begins in may be shared by then.
+        """
+        rows = np.array(live, dtype=np.int64)
+        index = self._fed[rows] // self._page_size
+        missing = index >= self._num_pages[rows]
+        shared = self.pool.holders[self._table[rows, np.minimum(index, self._table.shape[1] - 1)]] > 1
+        for place in np.flatnonzero(missing | shared).tolist():
+            while place < len(live) and not self._take_page(live[place], draft):
+                if self._prompts:
+                    self._drop_prompt()
+                else:
+                    self._give_up(live, draft)
 
-    Raises:
-        ValueError: there are fewer slots than lanes.
-    """
-    if num_slots < num_lanes:
-        raise ValueError(
-            f"rollout.max_sequences={num_slots} is less than the {num_lanes} groups in flight "
-            "(rollout.pipeline_groups, at least one per pipeline stage). Raise rollout.max_sequences."
+    def _take_page(self, row: int, draft: _Draft) -> bool:
+        """Give the sequence the page of its next token if it has none of its own; whether there was one."""
+        index = int(self._fed[row]) // self._page_size
+        is_new = index == self._num_pages[row]
+        page = int(self._table[row, index])
+        if not is_new and self.pool.holders[page] == 1:
+            return True
+        if not self.pool.num_free:
+            return False
+        (own,) = self.pool.take(1)
+        self._table[row, index] = own
+        if is_new:
+            self._num_pages[row] += 1
+        else:
+            draft.copies.append(Copy(page, own))
+            self.pool.release([page])
+        return True
+
+    def _give_up(self, live: list[int], draft: _Draft) -> None:
+        """Put the lane's youngest sequence back into the queue."""
+        row = live.pop()
+        request = self._requests[row]
+        if self._draws(row):
+            told = self._told(row)
+            draft.given_up.append(told)
+            request = replace(request, response=told.tokens[len(request.prompt) :], logprobs=told.logprobs)
+        if self._feeders.get(request.prompt_number) == row:
+            del self._feeders[request.prompt_number]
+        self._waiting[request.prompt_number] += request.is_new
+        self.queue.appendleft(request)
+        self.num_given_up += 1
+        self._forget(row)
+
+    def _admit(self, lane: int, draft: _Draft) -> None:
+        """Begin requests in the order of the queue, those aside whose prompt is just being fed."""
+        live, num_lanes = self.lanes[lane], len(self.lanes)
+        # The lane's share of all places, and of all that there is to do; the first one if nothing is being done.
+        todo = len(self.queue) + self.num_live
+        places, work = ((n + num_lanes - 1 - lane) // num_lanes for n in (self._max_sequences, todo))
+        work = max(work, self.num_live == 0)
+        aside: list[Request] = []
+        while self.queue and len(live) < min(places, work):
+            request = self.queue.popleft()
+            if request.is_new and request.prompt_number in self._feeders:
+                aside.append(request)
+            elif not self._begin(request, live, draft):
+                self.queue.appendleft(request)
+                break
+        self.queue.extendleft(reversed(aside))
+
+    def _begin(self, request: Request, live: list[int], draft: _Draft) -> bool:
+        """Whether there were pages, and room in this forward, for the request."""
+        number, prompt_len = request.prompt_number, len(request.prompt)
+        tokens = np.concatenate([request.prompt, request.response])
+        # Short pieces wait for a forward that takes them whole.
+        room = draft.budget == self._max_prefill_tokens or len(tokens) <= draft.budget
+        while True:
+            pages = self._prompts.get(number) if request.is_new else None
+            if pages is None and not room:
+                return False
+            if self._fits(len(tokens), prompt_len + request.max_new_tokens, shares=pages is not None):
+                break
+            if self.num_live or not self._prompts:
+                return False
+            self._drop_prompt()
+        row = self._free.pop()
+        live.append(row)
+        self._requests[row] = request
+        self._tokens[row, : len(tokens)] = tokens
+        self._logprobs[row, prompt_len : len(tokens)] = request.logprobs
+        self._prompt_len[row], self._length[row], self._key[row] = prompt_len, len(tokens), request.key
+        self._limit[row] = prompt_len + request.max_new_tokens
+        self._waiting[number] -= request.is_new
+        if pages is None:
+            count = min(len(tokens), draft.budget)
+            self._hold(row, self.pool.take(self._pages_of(len(tokens))))
+            self._fed[row] = 0
+            draft.feeding.append(row)
+            draft.chunks.append(count)
+            self._feed(row, count, draft)
+        else:
+            self.pool.share(pages)
+            self._hold(row, pages)
+            if number in draft.leaders:
+                self._fed[row] = prompt_len
+                draft.forks.append((row, draft.leaders[number]))
+            else:
+                self._fed[row] = prompt_len - 1
+                taken = self._take_page(row, draft)
+                assert taken
+                draft.joining.append(row)
+            if not self._waiting[number]:
+                self.pool.release(self._prompts.pop(number))
+        return True
+
+    def _fits(self, num_tokens: int, limit: int, shares: bool) -> bool:
+        """Whether a new sequence leaves a page for each one that may need another, itself included.
+
+        Who shares its prompt's pages needs one for the token behind or a copy of the last one.
+        """
+        rows = [row for lane in self.lanes for row in lane]
+        num_growing = int((self._num_pages[rows] * self._page_size < self._limit[rows]).sum())
+        num_pages = self._pages_of(num_tokens)
+        grows = num_pages < self._pages_of(limit)
+        return (1 if shares else num_pages) + num_growing + grows <= self.pool.num_free
+
+    def _feed(self, row: int, count: int, draft: _Draft) -> None:
+        """The sequence feeds its next ``count`` tokens. Keep the prompt's pages if others wait for them."""
+        draft.budget -= count
+        number, prompt_len = self._requests[row].prompt_number, int(self._prompt_len[row])
+        if number in self._prompts or self._feeders.get(number, row) != row or not self._waiting[number]:
+            return
+        if self._fed[row] + count < prompt_len:
+            self._feeders[number] = row
+        elif self._fed[row] < prompt_len:
+            self._feeders.pop(number, None)
+            pages = self._table[row, : self._pages_of(prompt_len)].copy()
+            self.pool.share(pages)
+            self._prompts[number] = pages
+            draft.leaders[number] = row
+
+    def _lay_out(self, old: np.ndarray, counts_old: np.ndarray, draft: _Draft) -> StepPlan:
+        rows = np.concatenate([old, np.array([*draft.joining, *draft.feeding], dtype=np.int64)])
+        counts = np.concatenate([counts_old, np.array([*[1] * len(draft.joining), *draft.chunks], dtype=np.int64)])
+        fed = self._fed[rows]
+        ends = np.cumsum(counts)
+        starts = ends - counts
+        row_T = np.repeat(rows, counts)
+        position_T = np.arange(len(row_T)) + np.repeat(fed - starts, counts)
+        index_T = position_T // self._page_size
+        num_decode = len(row_T) - sum(draft.chunks)
+        num_columns = int(index_T[:num_decode].max()) + 1 if num_decode else 0
+        self._fed[rows] = fed + counts
+        complete = fed + counts == self._length[rows]
+        sequences, sampled_rows = rows[complete], ends[complete] - 1
+        if draft.forks:
+            start_of = dict(zip(rows.tolist(), (starts - fed).tolist()))
+            last = [start_of[leader] + int(self._prompt_len[leader]) - 1 for _, leader in draft.forks]
+            sequences = np.concatenate([sequences, np.array([row for row, _ in draft.forks], dtype=np.int64)])
+            sampled_rows = np.concatenate([sampled_rows, np.array(last, dtype=np.int64)])
+        return StepPlan(
+            tokens=self._tokens[row_T, position_T],
+            positions=position_T,
+            cache_rows=self._table[row_T, index_T].astype(np.int64) * self._page_size + position_T % self._page_size,
+            page_table=self._table[row_T[:num_decode], :num_columns],
+            prefill_lengths=tuple(draft.chunks),
+            sequences=sequences,
+            sampled_rows=sampled_rows,
+            keys=self._key[sequences],
+            sample_positions=self._length[sequences],
+            copies=tuple(draft.copies),
+            given_up=tuple(draft.given_up),
         )
-    bounds = [len(requests) * lane // num_lanes for lane in range(num_lanes + 1)]
-    width = num_slots // num_lanes
-    return [
-        Lane(requests[begin:end], lane * width, width, max_len, stop_tokens)
-        for lane, (begin, end) in enumerate(pairwise(bounds))
-    ]
+
+    # ---------------------------------------------------------------------------------------------------- bookkeeping
+
+    def _pages_of(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_size)
+
+    def _hold(self, row: int, pages: Sequence[int] | np.ndarray) -> None:
+        self._table[row, : len(pages)] = pages
+        self._num_pages[row] = len(pages)
+
+    def _drop_prompt(self) -> None:
+        """Keep one prompt less for samples that wait: the one that was fed last. The next of them feeds it again."""
+        _, pages = self._prompts.popitem()
+        self.pool.release(pages)
+
+    def _draws(self, row: int) -> bool:
+        """Whether the sequence has drawn a token and feeds but the last one next."""
+        length = self._length[row]
+        return bool(self._fed[row] == length - 1 and length > self._prompt_len[row])
+
+    def _told(self, row: int) -> Live:
+        request, length = self._requests[row], int(self._length[row])
+        return Live(
+            request,
+            self._tokens[row, :length].copy(),
+            self._logprobs[row, self._prompt_len[row] : length].copy(),
+            self._table[row, : self._num_pages[row]].copy(),
+        )
+
+    def _forget(self, row: int) -> None:
+        self.pool.release(self._table[row, : self._num_pages[row]])
+        self._num_pages[row] = 0
+        del self._requests[row]
+        self._free.append(row)

@@ -176,7 +176,8 @@ def test_generation_and_training_do_not_disturb_each_other(ranks: RankPool, name
         assert answer["released"]
     if name == "one":
         assert answers[0]["gradient"] > 0
-        latents, routing = 4 * 10 * 56 * (32 + 16) * 4, 10 * 56 * 3 * 4
+        rows = 10 * 64  # 56 tokens are four pages
+        latents, routing = 4 * rows * (32 + 16) * 4, rows * 3 * 4
         assert answers[0]["bytes"] == latents + routing
 
 
@@ -185,7 +186,7 @@ def test_errors(ranks: RankPool) -> None:
     expected = {
         "token": "prompt 2: token ids [260, -1] are outside [0, 260)",
         "empty": "prompt 3 is empty",
-        "long": "prompt 1: 41 tokens + sampling.max_new_tokens(16) = 57, but the cache holds 56 tokens",
+        "long": "prompt 1: 41 tokens + sampling.max_new_tokens(16) = 57, but a sequence may have 56 tokens",
         "new_tokens": "2 tokens + sampling.max_new_tokens(55) = 57",
         "twice": "prompt 1: the index must be in [0, 2**43) and stand once",
         "samples": "samples_per_prompt=0",

@@ -130,11 +130,11 @@ def test_generation(ranks: RankPool) -> None:
 
 
 def test_students_keep_their_own_key_value_heads(ranks: RankPool) -> None:
-    """2 (key, value) * heads of the rank * channels * 4 bytes, for 10 sequences of 56 tokens in every layer."""
+    """2 (key, value) * heads of the rank * channels * 4 bytes, for 10 sequences of 4 pages in every layer."""
     check = "tests.distributed.variant_checks:generation"
     for tp, groups in ((1, 2), (2, 1)):
         for answers in ranks.run(check, tp, parallel=layout(tp=tp), names=["qwen3"]):
-            assert answers["qwen3"]["metrics"]["rollout/cache_bytes"] == 2 * groups * 24 * 4 * 10 * 56 * 4
+            assert answers["qwen3"]["metrics"]["rollout/cache_bytes"] == 2 * groups * 24 * 4 * 10 * 64 * 4
 
 
 def test_students_in_bf16(ranks: RankPool) -> None:

@@ -56,6 +56,9 @@ def test_a_dense_student(tmp_path: Path):
     ):
         assert expected in lines, lines
     assert not any(line.startswith("experts ") for line in lines)
+    lines = lines_of(explain(load_config(path, [*overrides, "rollout.cache_tokens=2048"])))
+    expected = "2 * 2 heads * 128 * 2 bytes * 28 layers * 2,048 tokens (rollout.cache_tokens) = 56.0 MiB at most"
+    assert f"cache per rank {expected}" in lines, lines
 
 
 def test_uneven_deals_are_said(tmp_path: Path):

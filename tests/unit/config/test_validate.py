@@ -108,6 +108,12 @@ CASES = [
     (["stage=sft", "sft.batch_size=1", "parallel.data_parallel_size=2"], r"sft.batch_size\(1\) has to be at least"),
     (["rollout.pipeline_groups=9", "rollout.max_sequences=8"], r"max_sequences\(8\) is less than the 9 groups"),
     (["parallel.pipeline_model_parallel_size=4", "rollout.max_sequences=2"], r"less than the 4 groups"),
+    (
+        ["rollout.cache_tokens=319"],
+        r"cache_tokens\(319\) is less than one sequence.*\(256\) \+ .*\(64\) = 320 tokens. Set rollout.cache_tok",
+    ),
+    (["rollout.cache_tokens=0"], r"cache_tokens=0 has to be null or at least 1"),
+    (["rollout.max_prefill_tokens=0"], r"max_prefill_tokens=0 has to be at least 1"),
     # sampling
     (["sampling.top_p=0"], r"top_p=0.0 has to be in \(0, 1\]"),
     (["sampling.min_p=-0.1"], r"min_p=-0.1 has to be in \[0, 1\]"),

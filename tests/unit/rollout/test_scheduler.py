@@ -1,13 +1,15 @@
-"""Every token is fed with its own past in its slot, and every sample is what it would be alone."""
+"""Every token is fed with its own past in its pages, and every sample is what it would be alone, in any memory."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from r1_megatron.rollout.scheduler import Lane, Request, split_lanes
+from r1_megatron.rollout.scheduler import Request, Scheduler, StepPlan
 
 VOCAB, MAX_LEN, STOPS = 50, 40, (3, 4)
 
@@ -30,7 +32,7 @@ def alone(request: Request) -> list[int]:
 def random_requests(rng: np.random.Generator, num_prompts: int) -> list[Request]:
     requests = []
     for number in range(num_prompts):
-        prompt = rng.integers(5, VOCAB, rng.integers(1, 9))
+        prompt = rng.integers(5, VOCAB, rng.integers(1, 15))
         max_new_tokens = int(rng.integers(1, 25))
         for sample in range(rng.integers(1, 7)):
             name = number * 100 + sample
@@ -38,69 +40,145 @@ def random_requests(rng: np.random.Generator, num_prompts: int) -> list[Request]
     return requests
 
 
-def drive(lanes: list[Lane], num_slots: int) -> tuple[dict[int, list[int]], dict[str, int]]:
-    """Run lanes over a cache of plain token ids and check the invariants at every step."""
-    cache = np.full((num_slots, MAX_LEN), -1)
-    answers: dict[int, list[int]] = {}
-    count = {"fed": 0, "steps": 0, "late": 0, "prompts": 0}
-
-    def carry_out(copies) -> None:
-        assert not {c.source for c in copies} & {c.target for c in copies}
-        for copy in copies:
-            cache[copy.target, : copy.length] = cache[copy.source, : copy.length]
-
-    for lane in lanes:
-        own = slice(lane.first_slot, lane.first_slot + lane.num_slots)
-        others = np.delete(cache, np.r_[own], axis=0).copy()
-        while lane.has_work:
-            plan = lane.plan()
-            assert 0 < lane.num_live <= lane.num_slots
-            carry_out(plan.copies_before)
-            cache[lane.first_slot + plan.slots, plan.positions] = plan.tokens
-            # Decode tokens: one a slot, the first slots, each with its whole past behind it.
-            assert plan.slots[: plan.num_decode].tolist() == list(range(plan.num_decode))
-            assert sum(plan.prefill_lengths) == len(plan.tokens) - plan.num_decode
-            prefixes = []
-            for row, slot in zip(plan.sampled_rows, range(lane.num_live)):
-                source, position = lane.first_slot + plan.slots[row], plan.positions[row]
-                prefixes.append(cache[source, : position + 1].copy())
-                assert position + 1 == plan.sample_positions[slot]
-            carry_out(plan.copies_after)
-            for slot, prefix in enumerate(prefixes):
-                assert cache[lane.first_slot + slot, : len(prefix)].tolist() == prefix.tolist()
-                assert prefix[: len(lane.live[slot].prompt)].tolist() == lane.live[slot].prompt.tolist()
-            tokens = np.array([next_token(p, int(k)) for p, k in zip(prefixes, plan.keys)])
-            finished, copies = lane.retire(lane.append(tokens, -tokens.astype(np.float64)))
-            for end in finished:
-                assert cache[end.slot, : len(end.tokens) - 1].tolist() == end.tokens[:-1].tolist()
-                assert end.logprobs.tolist() == (-end.tokens[len(end.request.prompt) :]).tolist()
-                assert end.stopped == (end.tokens[-1] in STOPS)
-                answers[end.request.request] = end.tokens.tolist()
-            carry_out(copies)
-            count["fed"] += len(plan.tokens)
-            count["steps"] += 1
-            count["late"] += len(plan.copies_before)
-            count["prompts"] += len(plan.prefill_lengths)
-        assert np.array_equal(np.delete(cache, np.r_[own], axis=0), others), "a lane keeps to its slots"
-    return answers, count
+def scheduler(requests: list[Request], **options: Any) -> Scheduler:
+    given = {"num_lanes": 1, "max_sequences": 4, "max_len": MAX_LEN, "page_size": 4, "stop_tokens": STOPS, **options}
+    pages = given["max_sequences"] * -(-given["max_len"] // given["page_size"])
+    return Scheduler(requests, **{"num_pages": pages, "max_prefill_tokens": 1000, **given})
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_samples_do_not_depend_on_slots_and_lanes(seed: int) -> None:
+def answer(lanes: Scheduler, lane: int, plan: StepPlan, tokens: list[int] | np.ndarray) -> list[Any]:
+    tokens = np.array(tokens, dtype=np.int64)
+    return lanes.retire(lane, plan, lanes.append(plan, tokens, -tokens.astype(np.float64)))
+
+
+class Driver:
+    """Runs lanes by turns over a cache of plain token ids, in the engine's order, and checks the invariants each step.
+
+    There are two layers in two chunks: a lane's second one runs when all lanes have planned and run their first. Tokens
+    are taken as late as a first pipeline stage takes them, before the lane's next plan.
+    """
+
+    def __init__(self, lanes: Scheduler, page_size: int = 4):
+        self.lanes, self.page_size = lanes, page_size
+        self.layers = np.full((2, lanes.pool.num_pages, page_size), -1)
+        self.answers: dict[int, list[int]] = {}
+        self.count: Counter[str] = Counter()
+        self.steps: list[tuple[StepPlan, list[int]] | None] = [None] * len(lanes.lanes)
+
+    def run(self) -> dict[int, list[int]]:
+        rounds = 0
+        while self.lanes.has_work:
+            rounds += 1
+            assert rounds < 5000, "no progress"
+            plans = [self.begin(lane) for lane in range(len(self.steps))]
+            for lane, plan in enumerate(plans):
+                self.forward(plan, layer=1)
+                self.steps[lane] = plan, self.draw(plan) if plan.num_sampled else []
+            if not any(len(plan.tokens) for plan in plans):
+                assert not self.lanes.has_work
+        assert self.lanes.pool.num_free == self.lanes.pool.num_pages, "pages leaked"
+        return self.answers
+
+    def begin(self, lane: int) -> StepPlan:
+        if (step := self.steps[lane]) is not None and step[0].num_sampled:
+            plan, tokens = step
+            for sequence, stopped in answer(self.lanes, lane, plan, tokens):
+                self.check_past(sequence)
+                assert sequence.logprobs.tolist() == (-sequence.tokens[len(sequence.request.prompt) :]).tolist()
+                assert stopped == (sequence.tokens[-1] in STOPS)
+                self.answers[sequence.request.request] = sequence.tokens.tolist()
+        before = {row: int(self.lanes._fed[row]) for live in self.lanes.lanes for row in live}
+        plan = self.lanes.plan(lane)
+        for sequence in plan.given_up:
+            self.check_past(sequence)
+        self.check_plan(lane, plan, before)
+        self.forward(plan, layer=0)
+        self.count.update(
+            fed=len(plan.tokens), prompts=len(plan.prefill_lengths), copies=len(plan.copies), steps=len(plan.tokens) > 0
+        )
+        return plan
+
+    def check_past(self, sequence: Any) -> None:
+        """The pages still hold all tokens but the last one, in both layers."""
+        for layer in self.layers:
+            assert layer[sequence.pages].flatten()[: len(sequence.tokens) - 1].tolist() == sequence.tokens[:-1].tolist()
+
+    def check_plan(self, lane: int, plan: StepPlan, before: dict[int, int]) -> None:
+        lanes = self.lanes
+        held = Counter(page for pages in lanes._prompts.values() for page in pages.tolist())
+        looked_back_on: set[int] = set()
+        for row in (row for live in lanes.lanes for row in live):
+            pages = lanes._table[row, : lanes._num_pages[row]].tolist()
+            held.update(pages)
+            kept = np.arange(before.get(row, 0))
+            looked_back_on |= {pages[p // self.page_size] * self.page_size + p % self.page_size for p in kept}
+        assert held == Counter(dict(enumerate(lanes.pool.holders.tolist()))), "holders are miscounted"
+        assert sorted(lanes.pool._free) == [page for page in range(lanes.pool.num_pages) if not held[page]]
+        written = plan.cache_rows.tolist()
+        assert len(set(written)) == len(written) and not looked_back_on & set(written)
+        targets = [copy.target for copy in plan.copies]
+        assert len(set(targets)) == len(targets) and all(held[page] == 1 for page in targets)
+        assert plan.num_decode + sum(plan.prefill_lengths) == len(plan.tokens)
+        assert len(set(plan.sequences.tolist())) == plan.num_sampled <= len(lanes.lanes[lane])
+        share = -(-lanes._max_sequences // len(lanes.lanes))
+        assert len(lanes.lanes[lane]) <= share
+
+    def forward(self, plan: StepPlan, layer: int) -> None:
+        cache = self.layers[layer]
+        copies = np.array(plan.copies, dtype=np.int64).reshape(-1, 2)
+        cache[copies[:, 1]] = cache[copies[:, 0]]
+        cache.reshape(-1)[plan.cache_rows] = plan.tokens
+
+    def draw(self, plan: StepPlan) -> list[int]:
+        """The tokens that follow what the sampled rows look back on."""
+        prefixes = []
+        for row in plan.sampled_rows.tolist():
+            if row < plan.num_decode:
+                (prefix,) = {
+                    tuple(layer[plan.page_table[row]].flatten()[: plan.positions[row] + 1].tolist())
+                    for layer in self.layers
+                }
+            else:
+                prefix = plan.tokens[row - plan.positions[row] : row + 1]
+                assert plan.positions[row - plan.positions[row]] == 0
+            prefixes.append(np.array(prefix))
+        for prefix, sequence, position in zip(prefixes, plan.sequences.tolist(), plan.sample_positions.tolist()):
+            request = self.lanes.request(sequence)
+            assert len(prefix) == position
+            assert prefix.tolist()[: len(request.prompt)] == request.prompt.tolist()
+        return [next_token(prefix, int(key)) for prefix, key in zip(prefixes, plan.keys)]
+
+
+def random_shape(rng: np.random.Generator, tight: bool) -> dict[str, Any]:
+    num_lanes, page_size = int(rng.integers(1, 4)), int(rng.integers(1, 9))
+    max_sequences = num_lanes * int(rng.integers(1, 8))
+    per_sequence = -(-MAX_LEN // page_size)
+    num_pages = int(per_sequence * rng.uniform(1, 2)) if tight else per_sequence * max_sequences
+    return {
+        "num_lanes": num_lanes,
+        "page_size": page_size,
+        "max_sequences": max_sequences,
+        "num_pages": num_pages,
+        "max_prefill_tokens": int(rng.integers(1, 40)),
+    }
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("seed", range(25))
+def test_samples_do_not_depend_on_places_and_pages(seed: int, tight: bool) -> None:
     rng = np.random.default_rng(seed)
     requests = random_requests(rng, num_prompts=int(rng.integers(0, 9)))
-    num_lanes = int(rng.integers(1, 4))
-    num_slots = num_lanes * int(rng.integers(1, 8))
-    lanes = split_lanes(requests, num_lanes, num_slots, MAX_LEN, STOPS)
-    for lane in lanes:
-        lane.max_prefill_tokens = int(rng.integers(1, 40))
-    answers, _ = drive(lanes, num_slots)
-    assert answers == {request.request: alone(request) for request in requests}
+    shape = random_shape(rng, tight)
+    lanes = scheduler(requests, **shape)
+    assert Driver(lanes, shape["page_size"]).run() == {request.request: alone(request) for request in requests}
+    if not tight:
+        assert lanes.num_given_up == 0, "pages for all places at full length: nobody has to make room"
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_resumed_samples_end_as_if_never_stopped(seed: int) -> None:
-    """Any of the samples had come any distance; slots and lanes are as they happen to be."""
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("seed", range(25))
+def test_resumed_samples_end_as_if_never_stopped(seed: int, tight: bool) -> None:
+    """Any of the samples had come any distance; places and pages are as they happen to be."""
     rng = np.random.default_rng(100 + seed)
     requests = random_requests(rng, num_prompts=int(rng.integers(1, 9)))
     expected = {request.request: alone(request) for request in requests}
@@ -109,13 +187,33 @@ def test_resumed_samples_end_as_if_never_stopped(seed: int) -> None:
         whole = np.array(expected[request.request][len(request.prompt) :])
         response = whole[: rng.integers(0, len(whole))] if rng.random() < 0.6 else whole[:0]
         begun.append(replace(request, response=response, logprobs=-response.astype(np.float32)))
-    num_lanes = int(rng.integers(1, 4))
-    num_slots = num_lanes * int(rng.integers(1, 8))
-    lanes = split_lanes(begun, num_lanes, num_slots, MAX_LEN, STOPS)
-    for lane in lanes:
-        lane.max_prefill_tokens = int(rng.integers(1, 60))
-    answers, _ = drive(lanes, num_slots)
-    assert answers == expected
+    shape = random_shape(rng, tight)
+    assert Driver(scheduler(begun, **shape), shape["page_size"]).run() == expected
+
+
+def test_the_youngest_makes_room() -> None:
+    """Six pages of four: three sequences of up to twelve tokens begin with one page each, and two of them can go on."""
+    requests = [Request(n, n, n, np.full(3, 9), 9) for n in range(3)]
+    lanes = scheduler(requests, num_pages=6, max_len=12)
+    given_up, live = [], []
+    for _ in range(10):
+        plan = lanes.plan(0)
+        given_up.append([sequence.request.request for sequence in plan.given_up])
+        live.append([lanes.request(row).request for row in lanes.lanes[0]])
+        answer(lanes, 0, plan, [9] * plan.num_sampled)
+    assert given_up == [[]] * 6 + [[2]] + [[]] * 3
+    assert live == [[0, 1, 2]] * 6 + [[0, 1]] * 3 + [[2]]
+    assert lanes.num_given_up == 1 and lanes.pool.peak == 6
+    assert lanes.request(lanes.lanes[0][0]).response.tolist() == [9] * 6
+    assert plan.prefill_lengths == (9,), "prompt and response are one piece"
+
+
+def test_a_request_waits_for_pages_that_the_others_may_need() -> None:
+    """Five pages: two sequences take one each and may need one more each, the third would leave too few."""
+    requests = [Request(n, n, n, np.full(3, 9), 5) for n in range(3)]
+    lanes = scheduler(requests, num_pages=5, max_len=8)
+    plan = lanes.plan(0)
+    assert plan.prefill_lengths == (3, 3) and [request.request for request in lanes.queue] == [2]
 
 
 def test_a_new_sample_takes_its_prompt_from_a_resumed_one() -> None:
@@ -123,82 +221,144 @@ def test_a_new_sample_takes_its_prompt_from_a_resumed_one() -> None:
     prompt, response = np.arange(5, 17), np.array([20, 21, 22])
     requests = [Request(sample, sample, 0, prompt, 6) for sample in range(3)]
     requests[0] = replace(requests[0], response=response, logprobs=np.zeros(3, np.float32))
-    plan = Lane(requests, 0, 3, MAX_LEN, ()).plan()
+    lanes = scheduler(requests, max_sequences=3, page_size=5)
+    plan = lanes.plan(0)
     assert plan.prefill_lengths == (15,) and plan.tokens.tolist() == [*prompt, *response]
     assert plan.sampled_rows.tolist() == [14, 11, 11]
     assert plan.sample_positions.tolist() == [15, 12, 12]
-    assert [(c.source, c.target, c.length) for c in plan.copies_after] == [(0, 1, 12), (0, 2, 12)]
+    assert lanes.pool.holders[:3].tolist() == [3, 3, 3] and lanes.pool.num_free == 24 - 3
+    answer(lanes, 0, plan, [9, 9, 9])
+    assert sorted(lanes.plan(0).copies) == [(2, 4), (2, 5)] or lanes.pool.holders[2] == 1
 
 
 def test_resumed_samples_count_towards_the_prefill_of_a_forward() -> None:
     prompt = np.array([9, 9])
-    requests = [Request(n, n, 0, prompt, 20, np.full(n, 9), np.zeros(n, np.float32)) for n in (8, 3, 3, 12)]
-    lane = Lane(requests, 0, 4, MAX_LEN, (), max_prefill_tokens=10)
+    requests = [Request(n, n, n, prompt, 20, np.full(n, 9), np.zeros(n, np.float32)) for n in (8, 3, 2, 12)]
+    lanes = scheduler(requests, max_prefill_tokens=10, stop_tokens=())
     fed = []
-    for _ in range(4):
-        plan = lane.plan()
-        fed.append(plan.prefill_lengths)
-        lane.append(np.full(plan.num_sampled, 9), np.zeros(plan.num_sampled))
-    assert fed == [(10,), (5, 5), (14,), ()]
+    for _ in range(5):
+        plan = lanes.plan(0)
+        fed.append((plan.prefill_lengths, plan.num_decode))
+        answer(lanes, 0, plan, [9] * plan.num_sampled)
+    assert fed == [((10,), 0), ((5, 4), 1), ((10,), 3), ((), 3 + 4), ((), 4)]
 
 
 def test_live_sequences_are_told_as_they_stand() -> None:
     requests = [Request(n, n, n, np.full(2, 9), 6) for n in range(3)]
-    lane = Lane(requests, 4, 2, MAX_LEN, STOPS)
+    lanes = scheduler(requests, max_sequences=2)
     for tokens in ([7, 8], [9, 10]):
-        lane.plan()
-        lane.append(np.array(tokens), -np.array(tokens, dtype=np.float64))
-    told = [
-        (live.request.request, live.tokens.tolist(), live.logprobs.tolist(), live.slot) for live in lane.sequences()
-    ]
-    assert told == [(0, [9, 9, 7, 9], [-7.0, -9.0], 4), (1, [9, 9, 8, 10], [-8.0, -10.0], 5)]
-    assert [request.request for request in lane.queue] == [2]
+        answer(lanes, 0, lanes.plan(0), tokens)
+    told = [(live.request.request, live.tokens.tolist(), live.logprobs.tolist()) for live in lanes.sequences()]
+    assert told == [(0, [9, 9, 7, 9], [-7.0, -9.0]), (1, [9, 9, 8, 10], [-8.0, -10.0])]
+    assert [len(live.pages) for live in lanes.sequences()] == [1, 1]
+    assert [request.request for request in lanes.queue] == [2]
 
 
-def test_a_shared_prompt_is_fed_once() -> None:
-    prompt = np.arange(5, 17)
+def test_a_shared_prompt_is_fed_once_into_shared_pages() -> None:
+    """Three pages for the prompt; in the next forward the last, half filled one is copied for all but one sample."""
+    prompt = np.arange(5, 15)
     requests = [Request(sample, sample, 0, prompt, 6) for sample in range(8)]
-    lane = Lane(requests, 0, 8, MAX_LEN, ())
-    plan = lane.plan()
-    assert plan.prefill_lengths == (12,) and len(plan.tokens) == 12
-    assert plan.sampled_rows.tolist() == [11] * 8
-    assert [(c.source, c.target, c.length) for c in plan.copies_after] == [(0, slot, 12) for slot in range(1, 8)]
+    lanes = scheduler(requests, max_sequences=8)
+    plan = lanes.plan(0)
+    assert plan.prefill_lengths == (10,) and len(plan.tokens) == 10
+    assert plan.sampled_rows.tolist() == [9] * 8
+    assert lanes.pool.num_pages - lanes.pool.num_free == 3
+    answer(lanes, 0, plan, [9] * 8)
+    plan = lanes.plan(0)
+    assert [copy.source for copy in plan.copies] == [plan.copies[0].source] * 7
+    assert lanes.pool.num_pages - lanes.pool.num_free == 2 + 8
+    assert plan.page_table[:, :2].tolist() == [plan.page_table[0, :2].tolist()] * 8
+    assert len(set(plan.page_table[:, 2].tolist())) == 8
 
 
 def test_late_samples_join_by_their_last_prompt_token() -> None:
-    """Three slots for eight samples that end at different times: the prompt's eleven other tokens are never refed."""
+    """Three places for eight samples that end at different times: the prompt's eleven other tokens are never refed."""
     prompt = np.arange(5, 17)
     requests = [Request(sample, sample, 0, prompt, 3 + sample % 3) for sample in range(8)]
-    answers, count = drive([Lane(requests, 0, 3, MAX_LEN, ())], 3)
-    assert len(answers) == 8
-    assert count["prompts"] == 1 and count["late"] == 5
-    drawn = sum(3 + sample % 3 for sample in range(8))
-    assert count["fed"] == len(prompt) + (drawn - 8) + count["late"]
+    driver = Driver(scheduler(requests, max_sequences=3))
+    expected = {request.request: alone(request) for request in requests}
+    assert driver.run() == expected
+    drawn = sum(len(tokens) - len(prompt) for tokens in expected.values())
+    assert driver.count["prompts"] == 1
+    assert driver.count["fed"] == len(prompt) + (drawn - 8) + 5
 
 
-def test_a_prompt_nobody_holds_any_more_is_fed_again() -> None:
+def test_a_prompt_is_kept_for_samples_that_wait() -> None:
+    """Also where nobody in flight has it any more."""
     prompt = np.arange(5, 10)
     requests = [Request(sample, sample, 0, prompt, 1) for sample in range(4)]
-    _, count = drive([Lane(requests, 0, 2, MAX_LEN, ())], 2)
-    assert count["prompts"] == 2 and count["late"] == 0
+    driver = Driver(scheduler(requests, max_sequences=2))
+    driver.run()
+    assert driver.count["prompts"] == 1 and driver.count["fed"] == 5 + 2
 
 
-def test_prefill_is_bounded_but_a_long_prompt_still_passes() -> None:
-    requests = [Request(n, n, n, np.full(length, 9), 4) for n, length in enumerate((5, 5, 20, 5))]
-    lane = Lane(requests, 0, 4, MAX_LEN, (), max_prefill_tokens=10)
+def test_a_kept_prompt_gives_way_to_sequences_in_flight() -> None:
+    """Three pages, which the first sample comes to need all: it has a copy of the prompt's page by then."""
+    requests = [Request(sample, sample, 0, np.arange(5, 8), 9) for sample in range(2)]
+    lanes = scheduler(requests, max_sequences=1, num_pages=3, max_len=12, stop_tokens=())
+    expected = {request.request: 12 for request in requests}
+    driver = Driver(lanes)
+    assert {name: len(tokens) for name, tokens in driver.run().items()} == expected
+    assert driver.count["prompts"] == 2 and lanes.num_given_up == 0
+
+
+def test_short_prompts_wait_for_a_forward_and_long_ones_are_fed_in_chunks() -> None:
+    requests = [Request(n, n, n, np.full(length, 9), 4) for n, length in enumerate((5, 5, 24, 5))]
+    lanes = scheduler(requests, max_prefill_tokens=10)
     fed = []
-    while lane.has_work:
-        plan = lane.plan()
-        fed.append(plan.prefill_lengths)
-        lane.retire(lane.append(np.full(plan.num_sampled, 9), np.zeros(plan.num_sampled)))
-    assert fed[:4] == [(5, 5), (20,), (5,), ()]
+    while lanes.has_work:
+        plan = lanes.plan(0)
+        fed.append((plan.prefill_lengths, plan.num_decode, plan.num_sampled))
+        answer(lanes, 0, plan, [9] * plan.num_sampled)
+    # The long prompt: a first chunk, packed; a later one of ten; one of four, with which another prompt fits in.
+    assert fed[:5] == [((5, 5), 0, 2), ((10,), 2, 2), ((), 2 + 10, 2), ((5,), 2 + 4, 4), ((), 2, 2)]
 
 
-def test_requests_are_shared_out_evenly_and_in_order() -> None:
-    requests = [Request(n, n, n // 4, np.array([9]), 1) for n in range(22)]
-    lanes = split_lanes(requests, 4, 18, MAX_LEN, ())
-    assert [request.request for lane in lanes for request in lane.queue] == list(range(22))
-    assert sorted(len(lane.queue) for lane in lanes) == [5, 5, 6, 6]
-    assert [(lane.first_slot, lane.num_slots) for lane in lanes] == [(0, 4), (4, 4), (8, 4), (12, 4)]
-    with pytest.raises(ValueError, match=r"max_sequences=3 is less than the 4 groups"):
-        split_lanes(requests, 4, 3, MAX_LEN, ())
+def test_samples_of_a_prompt_in_chunks_begin_with_its_last_one() -> None:
+    requests = [Request(sample, sample, 0, np.arange(5, 17), 4) for sample in range(3)]
+    requests.append(Request(9, 9, 1, np.full(2, 9), 4))
+    lanes = scheduler(requests, max_prefill_tokens=5)
+    seen = []
+    for _ in range(4):
+        plan = lanes.plan(0)
+        seen.append((plan.tokens.tolist(), plan.sampled_rows.tolist()))
+        answer(lanes, 0, plan, [9] * plan.num_sampled)
+    prompt = list(range(5, 17))
+    assert seen[:2] == [(prompt[:5], []), (prompt[5:10], [])]
+    assert seen[2] == ([*prompt[10:], 9, 9], [1, 3, 1, 1])
+    assert seen[3] == ([9] * 4, [0, 1, 2, 3])
+
+
+def test_a_place_is_taken_in_the_very_next_forward() -> None:
+    requests = [Request(n, n, n, np.full(2, 9), 1 + 3 * (n == 1)) for n in range(4)]
+    lanes = scheduler(requests, max_sequences=2)
+    live = []
+    while lanes.has_work:
+        plan = lanes.plan(0)
+        live.append([lanes.request(row).request for row in lanes.lanes[0]])
+        answer(lanes, 0, plan, [9] * plan.num_sampled)
+    assert live == [[0, 1], [1, 2], [1, 3], [1]]
+    assert (lanes.num_steps, lanes.num_stepped) == (4, 7)
+
+
+def test_lanes_share_one_queue_evenly() -> None:
+    """22 requests, 18 places: 5, 5, 4 and 4. Of six requests, two go to each of the first lanes, one to the others."""
+    for num_requests, expected in ((22, [5, 5, 4, 4]), (6, [2, 2, 1, 1]), (3, [1, 1, 1, 0])):
+        requests = [Request(n, n, n // 4, np.array([9]), 1) for n in range(num_requests)]
+        lanes = scheduler(requests, num_lanes=4, max_sequences=18)
+        for lane in range(4):
+            lanes.plan(lane)
+        assert [len(live) for live in lanes.lanes] == expected
+
+
+def test_a_lane_that_ends_early_takes_from_the_queue_first() -> None:
+    """The requests of one lane end at once: all that waits goes to that lane, none is bound to the other."""
+    requests = [Request(n, n, n, np.full(2, 9), 1 if n % 2 or n > 1 else 9) for n in range(6)]
+    lanes = scheduler(requests, num_lanes=2, max_sequences=2)
+    served: list[list[int]] = [[], []]
+    while lanes.has_work:
+        for lane in range(2):
+            plan = lanes.plan(lane)
+            served[lane] += [lanes.request(row).request for row in plan.sequences.tolist()]
+            answer(lanes, lane, plan, [9] * plan.num_sampled)
+    assert served == [[0] * 9, [1, 2, 3, 4, 5]]
