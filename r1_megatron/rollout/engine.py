@@ -457,12 +457,10 @@ class _Generation:
         if self.num_shards > 1:
             rows = gather_rows(rows, self.groups.tp)
         table = torch.from_numpy(np.stack([plan.sampled_rows, plan.keys, plan.sample_positions])).to(self.device)
-        if plan.prefill_lengths or plan.num_sampled != len(rows):
-            rows = rows[table[0]]
         weight = chunk.output_layer.weight
         if chunk.share_embeddings_and_output_weights:
             weight = chunk.shared_embedding_or_output_weight()
-        logits = F.linear(rows, weight)
+        logits = F.linear(rows[table[0]], weight)
         draw = sample_tokens(
             logits,
             vocab_start=self.groups.tp_rank * logits.shape[1],

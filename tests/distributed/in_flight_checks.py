@@ -13,6 +13,7 @@ import torch
 
 from r1_megatron.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from r1_megatron.parallel.groups import ProcessGroups
+from r1_megatron.rollout.cache import PAGE_SIZE
 from r1_megatron.rollout.in_flight import InFlight, RolloutStopped, load_in_flight, save_in_flight
 from r1_megatron.stages import grpo
 from r1_megatron.stages.checkpoints import RunCheckpoints
@@ -47,11 +48,14 @@ class Generator:
         uneven: bool = False,
         max_sequences: int = 6,
         model: ModelConfig = checks.MODEL,
+        page_size: int = 16,
+        **rollout: Any,
     ):
         self.sampling = sampling
         cfg = checks.run_config(parallel, model, sampling=sampling)
-        cfg = replace(cfg, rollout=replace(cfg.rollout, max_sequences=max_sequences))
-        self.groups, self.policy, self.engine = checks.setup(cfg)
+        cfg = replace(cfg, rollout=replace(cfg.rollout, max_sequences=max_sequences, **rollout))
+        with mock.patch.dict(PAGE_SIZE, cpu=page_size):
+            self.groups, self.policy, self.engine = checks.setup(cfg)
         self.prompts = checks.some_prompts(NUM_PROMPTS, cfg.model.vocab_size)
         self.mine = checks.share(self.prompts, self.groups, uneven)
         self.vocab_size = cfg.model.vocab_size
@@ -79,16 +83,24 @@ class Generator:
         return load_in_flight(folder, self.prompts, indices, vocab_size=self.vocab_size, layers=layers)
 
 
-def check_stopped(parallel: ParallelConfig, folder: str, uneven: bool = False) -> dict[str, Any]:
+def check_stopped(
+    parallel: ParallelConfig,
+    folder: str,
+    uneven: bool = False,
+    stops: tuple[tuple[int, int], ...] = ((1, 1), (5, 2)),
+    **rollout: Any,
+) -> dict[str, Any]:
     """Asked but never stopped; stopped early and late and once more after that, and gone on from the files.
 
+    ``stops``: (rounds of a segment, segments). ``rollout``: options.
     Asserts what holds to the bit; answers the largest differences of a log-probability between a whole rollout's and
     one that was stopped (``diff``) and from the training forward (``training_diff``), how many sequences were
-    ``finished``, ``unfinished`` and ``queued`` at the stops, and the rollout's ``samples``.
+    ``finished``, ``unfinished`` and ``queued`` at the stops, the rollout's ``preemptions`` and its ``samples``.
     """
-    generate = Generator(parallel, checks.SAMPLING, uneven)
+    generate = Generator(parallel, checks.SAMPLING, uneven, **rollout)
     answer: dict[str, Any] = {"diff": 0.0, "training_diff": 0.0, "finished": 0, "unfinished": 0, "queued": 0}
     whole = generate()
+    answer["preemptions"] = generate.engine.metrics["rollout/preemptions"]
     num_forwards = generate.engine.metrics["rollout/num_forwards"]
     for segment_rounds in (1, 3):
         generate.engine.segment_rounds = segment_rounds
@@ -97,7 +109,7 @@ def check_stopped(parallel: ParallelConfig, folder: str, uneven: bool = False) -
         assert never.questions > 1
         assert generate.engine.metrics["rollout/num_forwards"] == num_forwards
 
-    for number, (segment_rounds, question) in enumerate(((1, 1), (5, 2))):
+    for number, (segment_rounds, question) in enumerate(stops):
         place = Path(folder) / str(number)
         begun = generate.stopped(segment_rounds, question)
         answer["finished"] += sum(rollout.finish is not None for rollout in begun)

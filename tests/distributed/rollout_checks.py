@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from r1_megatron.model.parameters import global_parameters
 from r1_megatron.model.routing import chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups, build_process_groups
 from r1_megatron.rollout import sampler
+from r1_megatron.rollout.cache import PAGE_SIZE
 from r1_megatron.rollout.engine import Engine, build_engine
 from r1_megatron.train.objectives import annotation
 from r1_megatron.train.policy import Policy, build_policy
@@ -123,11 +125,12 @@ def check_rollouts(
     temperature: float = 1.0,
     uneven: bool = False,
     model: ModelConfig = MODEL,
-    pipeline_groups: int | None = None,
     bf16: bool = False,
     replay: bool = False,
+    page_size: int = 16,
+    **rollout: Any,
 ) -> dict[str, Any]:
-    """Sample, then compare with the training forward of the same weights and layout.
+    """Sample, then compare with the training forward of the same weights and layout. ``rollout``: options.
 
     Answers ``samples`` (tokens by request), ``diff`` (largest difference of a log-probability), ``num_routed`` and
     ``misrouted`` (token-layers, and those whose recorded experts differ from the training forward's).
@@ -136,9 +139,10 @@ def check_rollouts(
     cfg = replace(
         cfg,
         train=replace(cfg.train, bf16=bf16),
-        rollout=replace(cfg.rollout, pipeline_groups=pipeline_groups),
+        rollout=replace(cfg.rollout, **rollout),
     )
-    groups, policy, engine = setup(cfg)
+    with mock.patch.dict(PAGE_SIZE, cpu=page_size):
+        groups, policy, engine = setup(cfg)
     sampling = replace(SAMPLING, temperature=temperature)
     mine = share(some_prompts(num_prompts, model.vocab_size), groups, uneven)
     answers = engine.generate(mine, samples_per_prompt, sampling, seed=SEED, policy_version=4)
@@ -402,6 +406,8 @@ def check_errors() -> dict[str, str]:
     attempt("positions", lambda: build_engine(short, policy.chunks, groups, engine.tokenizer))
     few = replace(cfg, rollout=replace(cfg.rollout, max_sequences=2, pipeline_groups=3))
     attempt("slots", lambda: build_engine(few, policy.chunks, groups, engine.tokenizer))
+    small = replace(cfg, rollout=replace(cfg.rollout, cache_tokens=55))
+    attempt("memory", lambda: build_engine(small, policy.chunks, groups, engine.tokenizer))
     assert engine._cache is None, "refused before anything ran"
 
     generate(good)

@@ -15,11 +15,15 @@ from tests.rank_pool import RankPool
 
 # Largest difference of a log-probability, in nats: a prompt's forward rounds otherwise than one token after the other.
 TOLERANCE = 1e-4
+TIGHT: dict[str, Any] = {"cache_tokens": 64, "page_size": 4, "max_prefill_tokens": 16, "stops": ((6, 1), (9, 3))}
 CASES: dict[str, dict[str, Any]] = {
     **{name: {"parallel": LAYOUTS[name]} for name in ("one", "pp2_uneven", "pp2vpp2", "ep2", "tp2pp2ep2")},
     "ep2_uneven": {"parallel": LAYOUTS["ep2"], "uneven": True},
     # The first replica has no prompt at all.
     "dp2_uneven": {"parallel": LAYOUTS["dp2"], "uneven": True},
+    # Sequences have to give up their places, and prompts are stopped in their midst.
+    "one_tight": {"parallel": LAYOUTS["one"], **TIGHT},
+    "pp2vpp2_tight": {"parallel": LAYOUTS["pp2vpp2"], **TIGHT},
 }
 
 
@@ -32,6 +36,7 @@ def test_stopped_and_resumed(ranks: RankPool, tmp_path: Path, name: str) -> None
     diff, training_diff = (max(answer[kind] for answer in answers) for kind in ("diff", "training_diff"))
     print(f"{name}: resumed against whole {diff:.1e}, against the training forward {training_diff:.1e}")
     assert diff <= TOLERANCE and training_diff <= TOLERANCE
+    assert ("cache_tokens" in case) == any(answer["preemptions"] for answer in answers)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# Memory for one sequence of 56 tokens and a little more, and prompts of up to 33 tokens in forwards of 8.
+TIGHT = {"cache_tokens": 64, "max_prefill_tokens": 8, "page_size": 4}
+TIGHT_CASES: dict[str, dict[str, Any]] = {
+    **{name: {"parallel": LAYOUTS[name]} for name in ("one", "pp2vpp2", "tp2ep2")},
+    "ep2_uneven": CASES["ep2_uneven"],
+    "pp2_three_groups": CASES["pp2_three_groups"],
+}
+
+
 def run(ranks: RankPool, **case: Any) -> list[dict[str, Any]]:
     return ranks.run(checks.check_rollouts, world_size(case["parallel"]), timeout_s=150, **case)
 
@@ -85,6 +94,29 @@ def test_layout(ranks: RankPool, alone: dict[float, dict[str, Any]], name: str) 
     answers = run(ranks, **CASES[name])
     assert_parity(answers)
     assert_same_samples(ranks, alone[1.0], answers, 1.0)
+
+
+@pytest.mark.parametrize("name", TIGHT_CASES)
+def test_little_memory_and_short_forwards(ranks: RankPool, alone: dict[float, dict[str, Any]], name: str) -> None:
+    """Sequences give up their places, prompts come in chunks: the samples are those of one rank with plenty."""
+    answers = run(ranks, **TIGHT_CASES[name], **TIGHT)
+    assert_parity(answers)
+    assert_same_samples(ranks, alone[1.0], answers, 1.0)
+    plenty = alone[1.0]["metrics"]
+    assert plenty["rollout/preemptions"] == 0 and plenty["rollout/cache_pages_peak"] > 10
+    tight = answers[-1]["metrics"]
+    assert tight["rollout/preemptions"] > 0 and tight["rollout/cache_pages_peak"] == 16
+    assert 1 <= tight["rollout/batch_mean"] < plenty["rollout/batch_mean"] <= 10
+
+
+@pytest.mark.parametrize("options", [{"page_size": 1}, {"page_size": 64}, {"max_prefill_tokens": 1}], ids=str)
+def test_pages_and_chunks_of_any_size(
+    ranks: RankPool, alone: dict[float, dict[str, Any]], options: dict[str, int]
+) -> None:
+    answers = run(ranks, parallel=LAYOUTS["one"], **options)
+    assert_parity(answers)
+    assert_same_samples(ranks, alone[1.0], answers, 1.0)
+    assert answers[0]["metrics"]["rollout/preemptions"] == 0
 
 
 @pytest.mark.parametrize("name", ["tp2ep2", "pp2vpp2"])
@@ -193,6 +225,7 @@ def test_errors(ranks: RankPool) -> None:
         "options": "top_p=0.0 must be in (0, 1]",
         "stop_ids": "sampling.stop_token_ids: [260] are outside the vocabulary [0, 260)",
         "positions": "data.max_prompt_tokens(40) + sampling.max_new_tokens(16) = 56, but model.max_position",
+        "memory": "rollout.cache_tokens=55 is less than one sequence, which could never end",
         "slots": "rollout.max_sequences=2 is less than the 3 groups in flight",
     }
     for case, text in expected.items():
