@@ -3,6 +3,7 @@
 #include "common/cpu.h"
 #include "common/tensor.h"
 #include "grouped_gemm/op.h"
+#include "paged_attention/op.h"
 #include "policy_loss/op.h"
 #include "swiglu/op.h"
 #include "token_statistics/op.h"
@@ -30,6 +31,7 @@ STABLE_TORCH_LIBRARY_IMPL(r1_megatron, CPU, m) {
   m.impl("combine_statistics", TORCH_BOX(&combine_statistics_cpu));
   m.impl("shard_gradient_", TORCH_BOX(&shard_gradient_cpu));
   m.impl("policy_surrogate", TORCH_BOX(&policy_surrogate_cpu));
+  m.impl("paged_attention", TORCH_BOX(&paged_attention_cpu));
 }
 
 #ifdef R1_WITH_CUDA
@@ -43,6 +45,7 @@ STABLE_TORCH_LIBRARY_IMPL(r1_megatron, CUDA, m) {
   m.impl("combine_statistics", TORCH_BOX(&combine_statistics_cuda));
   m.impl("shard_gradient_", TORCH_BOX(&shard_gradient_cuda));
   m.impl("policy_surrogate", TORCH_BOX(&policy_surrogate_cuda));
+  m.impl("paged_attention", TORCH_BOX(&paged_attention_cuda));
 }
 #endif
 

@@ -1,7 +1,7 @@
 """How fast the operators are on this CPU, against their peers in the same run.
 
     python tools/bench_kernels.py                    # all cases, one thread, a few minutes
-    python tools/bench_kernels.py --only loss        # one of: experts, loss, head, annotation, gemm
+    python tools/bench_kernels.py --only loss        # one of: experts, loss, head, annotation, gemm, decode
     python tools/bench_kernels.py --write            # and put the table into BENCHMARKS.md
 
 Every candidate of a case gets the same inputs and weights, and its results are compared before anything is timed: a
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1_megatron.kernels import library
+from r1_megatron.kernels import library, paged_attention
 from r1_megatron.kernels.ops import ops
 from r1_megatron.kernels.vocab_parallel import token_statistics
 from tools.measure import (
@@ -274,6 +274,38 @@ def grouped_gemm(small: bool, product: str, num_experts: int, rows: int, n: int,
     )
 
 
+def decode_attention(small: bool, num_cached: int, dtype: torch.dtype) -> Case:
+    """Absorbed latent attention of one token a sequence over its pages, against the products of PyTorch.
+
+    The peer's keys lie side by side, in order and unpaged, which is the most it can ask for.
+    """
+    num_rows, num_cached, page_size = (3, 20, 16) if small else (64, num_cached, 16)
+    num_heads, rank, width = 8, 64, 80
+    generator = torch.Generator().manual_seed(4)
+    num_pages = -(-num_cached // page_size)
+    cache = torch.randn(num_rows * num_pages, page_size, width, generator=generator).to(dtype)
+    query_DHW = torch.randn(num_rows, num_heads, width, generator=generator).to(dtype)
+    page_table = torch.randperm(len(cache), generator=generator).int().view(num_rows, num_pages)
+    lengths_D = torch.full((num_rows,), num_cached, dtype=torch.int32)
+    scale = width**-0.5
+    arguments = {"num_groups": 1, "value_start": 0, "value_width": rank, "scale": scale}
+    past_DLW = cache[page_table.long()].flatten(1, 2)[:, :num_cached].contiguous()
+
+    def products() -> tuple[Tensor]:
+        scores_DHL = torch.bmm(query_DHW.float(), past_DLW.float().transpose(1, 2)) * scale
+        return (torch.bmm(scores_DHL.softmax(-1).to(dtype), past_DLW[..., :rank]),)
+
+    return Case(
+        f"decode attention: D={num_rows} H={num_heads} R+P={width} L={num_cached} {DTYPE_NAMES[dtype]}",
+        {
+            "ours": Candidate(lambda: (paged_attention(query_DHW, cache, page_table, lengths_D, **arguments),)),
+            "torch bmm, softmax, bmm": Candidate(products),
+        },
+        dtype,
+        flops=2 * num_rows * num_heads * num_cached * (width + rank),
+    )
+
+
 CASES: dict[str, Callable[[bool], Case]] = {
     "experts": functools.partial(expert_layer, hidden=256),
     "experts narrow": functools.partial(expert_layer, hidden=128),
@@ -283,6 +315,9 @@ CASES: dict[str, Callable[[bool], Case]] = {
 }
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 for _dtype in DTYPE_NAMES:
+    for _length in (200, 1000):
+        _key = f"decode attention {_length} {DTYPE_NAMES[_dtype]}"
+        CASES[_key] = functools.partial(decode_attention, num_cached=_length, dtype=_dtype)
     for _product, *_sizes in (
         ("forward", 64, 256, 128, 256),
         ("dgrad", 64, 256, 128, 256),

@@ -50,6 +50,12 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, const 
   R1_CHECK(tensor.device() == like.device(), op, ": ", name, " is not on the device of the other tensors");
 }
 
+Element element_of(const char* op, const Tensor& tensor) {
+  Element element{};
+  for_dtype(op, tensor.scalar_type(), [&](auto zero) { element = static_cast<Element>(sizeof(zero)); });
+  return element;
+}
+
 #ifdef R1_WITH_CUDA
 void* cuda_stream(const Tensor& tensor) {
   // It lives in libtorch_cuda, which a CPU-only torch does not have: looked up when it is first needed.

@@ -12,6 +12,8 @@
 #include <optional>
 #include <string>
 
+#include "common/element.h"
+
 namespace r1 {
 
 using torch::headeronly::ScalarType;
@@ -41,6 +43,9 @@ void for_dtype(const char* op, ScalarType dtype, F&& f) {
   else
     R1_CHECK(false, op, ": float32, bfloat16 or float64 expected, got ", name_of(dtype));
 }
+
+// Raises unless `tensor` is float32, bfloat16 or float64.
+Element element_of(const char* op, const Tensor& tensor);
 
 #ifdef R1_WITH_CUDA
 // The current CUDA stream of `tensor`'s device, as a cudaStream_t.

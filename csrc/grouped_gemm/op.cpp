@@ -16,12 +16,6 @@ namespace {
 // Below this many multiply-adds, waking other threads costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 20;
 
-Element element_of(const char* op, const Tensor& tensor) {
-  Element element{};
-  for_dtype(op, tensor.scalar_type(), [&](auto zero) { element = static_cast<Element>(sizeof(zero)); });
-  return element;
-}
-
 // The bounds of the experts' rows: E + 1 numbers, from 0.
 std::vector<int64_t> row_bounds(const char* op, const Tensor& offsets, int64_t rows) {
   const bool is_long = offsets.scalar_type() == ScalarType::Long;

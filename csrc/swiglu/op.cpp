@@ -55,12 +55,6 @@ struct Backward {
   std::tuple<Tensor, Tensor, Tensor> results() const { return {dh, a, dprobs}; }
 };
 
-static Element element_of(const char* op, const Tensor& tensor) {
-  Element element{};
-  for_dtype(op, tensor.scalar_type(), [&](auto zero) { element = static_cast<Element>(sizeof(zero)); });
-  return element;
-}
-
 Tensor swiglu_cpu(const Tensor& h, std::optional<Tensor> probs) {
   check_inputs("swiglu", h, probs);
   const Element element = element_of("swiglu", h), prob = element_of("swiglu", probs.value_or(h));

@@ -18,10 +18,7 @@ from r1_megatron.kernels.ops import ops
 # The largest error, relative to the largest value of the result.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-13}
 DTYPES = list(TOLERANCE)
-needs_csrc = pytest.mark.skipif(
-    not torch._C._dispatch_has_kernel_for_dispatch_key("r1_megatron::paged_attention", "CPU"),
-    reason=f"csrc is not loaded: {library.load().problem}",
-)
+needs_csrc = pytest.mark.skipif(not library.load().loaded, reason=f"csrc is not loaded: {library.load().problem}")
 
 
 @dataclass(frozen=True)
@@ -190,6 +187,37 @@ def test_a_call_that_would_record_a_gradient_raises():
         p.run()
     with torch.no_grad():
         assert not p.run().requires_grad
+
+
+@needs_csrc
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(query=torch.zeros(2, 4)), r"query must be \[\*, \*, \*\], got \[2, 4\] float32"),
+        (
+            dict(cache=torch.zeros(3, 4, 24).double()),
+            r"cache must have the dtype of query \(float32\), got",
+        ),
+        (dict(page_table=torch.zeros(2, 2, dtype=torch.int64)), r"must be int32, got \[2, 2\] int64"),
+        (dict(lengths=torch.ones(3, dtype=torch.int32)), r"lengths must be \[2\], got \[3\] int32"),
+        (dict(lengths=torch.tensor([1, 9], dtype=torch.int32)), r"lengths\[1\] = 9, .* 2 pages of 4 positions a row"),
+        (dict(page_table=torch.tensor([[0, 0], [0, 3]], dtype=torch.int32)), r"page_table\[1, 1\] = 3, .* has 3 pages"),
+        (dict(num_groups=3), r"num_groups must divide the 4 heads, got 3"),
+        (dict(num_groups=4), r"keys of 4 groups, 8 numbers each, do not fit into cache \[3, 4, 24\] float32"),
+        (dict(value_start=17), r"values of 1 groups, 8 numbers each from 17 on, do not fit into cache"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_its_value(changed, message):
+    tensors = dict(
+        query=torch.zeros(2, 4, 8),
+        cache=torch.zeros(3, 4, 24),
+        page_table=torch.zeros(2, 2, dtype=torch.int32),
+        lengths=torch.tensor([3, 8], dtype=torch.int32),
+    )
+    numbers = dict(num_groups=1, value_start=16, value_width=8, scale=1.0)
+    assert ops.paged_attention(**tensors, **numbers).shape == (2, 4, 8)
+    with pytest.raises(RuntimeError, match="paged_attention: .*" + message):
+        ops.paged_attention(**(tensors | numbers | changed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
