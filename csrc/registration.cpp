@@ -3,8 +3,10 @@
 #include "common/cpu.h"
 #include "common/tensor.h"
 #include "grouped_gemm/op.h"
+#include "mixture/op.h"
 #include "paged_attention/op.h"
 #include "policy_loss/op.h"
+#include "routing/op.h"
 #include "swiglu/op.h"
 #include "token_statistics/op.h"
 
@@ -32,6 +34,8 @@ STABLE_TORCH_LIBRARY_IMPL(r1_megatron, CPU, m) {
   m.impl("shard_gradient_", TORCH_BOX(&shard_gradient_cpu));
   m.impl("policy_surrogate", TORCH_BOX(&policy_surrogate_cpu));
   m.impl("paged_attention", TORCH_BOX(&paged_attention_cpu));
+  m.impl("route_tokens", TORCH_BOX(&route_tokens_cpu));
+  m.impl("mixture_of_experts", TORCH_BOX(&mixture_of_experts_cpu));
 }
 
 #ifdef R1_WITH_CUDA

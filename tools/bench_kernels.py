@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1_megatron.kernels import library, paged_attention
+from r1_megatron.kernels import library, mixture_of_experts, paged_attention, route_tokens
+from r1_megatron.kernels.experts import grouped_swiglu_experts
 from r1_megatron.kernels.ops import ops
 from r1_megatron.kernels.vocab_parallel import token_statistics
 from tools.measure import (
@@ -306,6 +307,63 @@ def decode_attention(small: bool, num_cached: int, dtype: torch.dtype) -> Case:
     )
 
 
+def decode_routing(small: bool) -> Case:
+    """DeepSeek-V3's choice of experts for the rows of a decode step."""
+    num_tokens = 4 if small else 64
+    generator = torch.Generator().manual_seed(5)
+    logits_TE, bias_E = torch.randn(num_tokens, 16, generator=generator), torch.zeros(16)
+
+    def torch_run() -> tuple[Tensor, Tensor]:
+        from r1_megatron.model.routing import best_experts
+
+        scores_TE = logits_TE.sigmoid()
+        _, experts_TK = best_experts(scores_TE + bias_E, 4, 4, 2)
+        chosen_TK = scores_TE.gather(1, experts_TK)
+        return chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * 2.5, experts_TK
+
+    ours = functools.partial(route_tokens, logits_TE, bias_E, 4, num_groups=4, group_topk=2, scaling=2.5)
+    return Case(
+        f"decode routing: T={num_tokens} E=16 top-4, 2 of 4 groups fp32",
+        {"ours": Candidate(ours), "torch topk": Candidate(torch_run)},
+    )
+
+
+def decode_experts(small: bool, num_tokens: int, dtype: torch.dtype) -> Case:
+    """The routed experts of a decode step; four layers of weights, so that no cache holds a layer until it comes back."""
+    num_tokens, num_layers = (4, 1) if small else (num_tokens, 4)
+    num_experts, topk, hidden, width = 16, 4, 256, 128
+    generator = torch.Generator().manual_seed(6)
+    x_TH = torch.randn(num_tokens, hidden, generator=generator).to(dtype)
+    experts_TK = torch.rand(num_tokens, num_experts, generator=generator).topk(topk).indices
+    gates_TK = torch.rand(num_tokens, topk, generator=generator)
+    layers = [
+        (
+            (torch.randn(num_experts, 2 * width, hidden, generator=generator) * hidden**-0.5).to(dtype),
+            (torch.randn(num_experts, hidden, width, generator=generator) * width**-0.5).to(dtype),
+        )
+        for _ in range(num_layers)
+    ]
+
+    @torch.no_grad()
+    def grouped(w1_EGH: Tensor, w2_EHF: Tensor) -> Tensor:
+        chosen = experts_TK.flatten()
+        order = chosen.argsort(stable=True)
+        offsets_E = chosen.bincount(minlength=num_experts).cumsum(0)
+        parts = grouped_swiglu_experts(x_TH[order // topk], gates_TK.flatten()[order], w1_EGH, w2_EHF, offsets_E)
+        return torch.zeros_like(x_TH).index_add_(0, order // topk, parts)
+
+    return Case(
+        f"decode experts: T={num_tokens} E={num_experts} top-{topk} H={hidden} F={width}, {num_layers} layers"
+        f" {DTYPE_NAMES[dtype]}",
+        {
+            "ours": Candidate(lambda: [mixture_of_experts(x_TH, gates_TK, experts_TK, *w, 0) for w in layers]),
+            "sort, grouped_mm, index_add": Candidate(lambda: [grouped(*w) for w in layers]),
+        },
+        dtype,
+        flops=2 * num_layers * num_tokens * topk * 3 * hidden * width,
+    )
+
+
 CASES: dict[str, Callable[[bool], Case]] = {
     "experts": functools.partial(expert_layer, hidden=256),
     "experts narrow": functools.partial(expert_layer, hidden=128),
@@ -314,7 +372,11 @@ CASES: dict[str, Callable[[bool], Case]] = {
     "annotation": annotation,
 }
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+CASES["decode routing"] = decode_routing
 for _dtype in DTYPE_NAMES:
+    for _tokens in (32, 64):
+        _key = f"decode experts {_tokens} {DTYPE_NAMES[_dtype]}"
+        CASES[_key] = functools.partial(decode_experts, num_tokens=_tokens, dtype=_dtype)
     for _length in (200, 1000):
         _key = f"decode attention {_length} {DTYPE_NAMES[_dtype]}"
         CASES[_key] = functools.partial(decode_attention, num_cached=_length, dtype=_dtype)

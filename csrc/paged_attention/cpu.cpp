@@ -6,8 +6,7 @@
 // computed.
 #include "paged_attention/cpu.h"
 
-#include <utility>
-
+#include "common/dot_tile.h"
 #include "common/vector_math.h"
 
 namespace r1::R1_CPU_NAMESPACE {
@@ -24,37 +23,6 @@ constexpr int kTileVectors = 4;  // of values that stay in registers, for each h
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Lanes whose number has the bit kDistance from b, the others from a; as they stand, or from the place at that
-// distance.
-template <int kDistance, bool kAcross, class V, int... lane>
-inline V choose(V a, V b, std::integer_sequence<int, lane...>) {
-  constexpr int kCount = sizeof...(lane);
-  constexpr auto source = [](int l) { return (l & kDistance ? kCount : 0) + (kAcross ? l ^ kDistance : l); };
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, source(lane)...);
-#else
-  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
-  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
-  return __builtin_shuffle(a, b, Indices{source(lane)...});
-#endif
-}
-
-// Lane i of the result is the sum of all lanes of sums[i]: neighbours at a distance of half a vector first.
-template <int kDistance, class V>
-inline V sums_of_lanes(V* sums) {
-  if constexpr (kDistance == 0) {
-    return sums[0];
-  } else {
-    constexpr auto kAll = std::make_integer_sequence<int, sizeof(V) / sizeof(sums[0][0])>{};
-#pragma GCC unroll 8
-    for (int i = 0; i < kDistance; ++i) {
-      const V a = sums[i], b = sums[i + kDistance];
-      sums[i] = choose<kDistance, false>(a, b, kAll) + choose<kDistance, true>(a, b, kAll);
-    }
-    return sums_of_lanes<kDistance / 2>(sums);
-  }
-}
 
 // What one task keeps: of each head a query in whole vectors, the scores of a block, and the running sums.
 template <class T>
@@ -109,27 +77,13 @@ inline void fetch(const T* from, int64_t width) {
 template <class T, int kHeads>
 void score_tile(const Real<T>* query, int64_t query_stride, const T* const* keys, int64_t width, Real<T> scale,
                 Real<T>* scores) {
-  constexpr int kKeys = kLanes<T> / kHeads;
-  Vector<T> sums[kLanes<T>] = {};
-  const auto add = [&](int64_t k, auto load_key) __attribute__((always_inline)) {
-    Vector<T> q[kHeads];
-#pragma GCC unroll 4
-    for (int h = 0; h < kHeads; ++h) q[h] = load(query + h * query_stride + k);
-#pragma GCC unroll 16
-    for (int p = 0; p < kKeys; ++p) {
-      const Vector<T> key = load_key(keys[p] + k);
-#pragma GCC unroll 4
-      for (int h = 0; h < kHeads; ++h) sums[h * kKeys + p] += q[h] * key;
-    }
-  };
-  const int64_t whole = width / kLanes<T> * kLanes<T>;
-  for (int64_t k = 0; k < whole; k += kLanes<T>) add(k, [](const T* from) { return load(from); });
-  if (whole < width) add(whole, [&](const T* from) { return load_first(from, width - whole, 0); });
-  const Vector<T> results = sums_of_lanes<kLanes<T> / 2>(sums) * scale;
-#pragma GCC unroll 4
-  for (int h = 0; h < kHeads; ++h)
-    __builtin_memcpy(scores + h * kAttentionPositions, reinterpret_cast<const Real<T>*>(&results) + h * kKeys,
-                     kKeys * sizeof(Real<T>));
+  const Real<T>* queries[kHeads];
+  Real<T>* to[kHeads];
+  for (int h = 0; h < kHeads; ++h) {
+    queries[h] = query + h * query_stride;
+    to[h] = scores + h * kAttentionPositions;
+  }
+  store_tile<kHeads>(dot_tile<kHeads>(queries, keys, width) * scale, to);
 }
 
 // sums [kHeads, kVectors vectors] = factor * sums + weights @ values; `count` is the width of a vector cut short.

@@ -6,6 +6,6 @@ calls are the differentiable functions over them. Nothing here knows a model, a 
 communication is what an operator's formula needs, over the process group it is given.
 """
 
-from r1_megatron.kernels.decode import paged_attention
+from r1_megatron.kernels.decode import mixture_of_experts, paged_attention, route_tokens
 
-__all__ = ["paged_attention"]
+__all__ = ["mixture_of_experts", "paged_attention", "route_tokens"]

@@ -8,7 +8,7 @@ A page is ``page_size`` consecutive positions of one sequence in ``cache [num_pa
 ``page`` is entry ``position // page_size`` of the sequence's page table.
 
 Shapes: D rows (tokens), H heads of this rank, G groups of heads that share keys and values, K width of a key, V width
-of a value, W numbers kept of a token.
+of a value, W numbers kept of a token. Of experts: T tokens, H hidden, E experts of this rank, F width of one.
 """
 
 from __future__ import annotations
@@ -61,6 +61,54 @@ def paged_attention(
         value_width=value_width,
         scale=scale,
     )
+
+
+def route_tokens(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    topk: int,
+    *,
+    num_groups: int | None = None,
+    group_topk: int | None = None,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V3's router (arXiv 2412.19437, eq. 12-16): gates float32 and experts int64, each ``[T, topk]``.
+
+    Scores are the sigmoids of the logits. The bias counts for the choice only. With ``group_topk < num_groups`` a
+    group is worth its two best ``score + bias`` together, and only the experts of the best groups compete. The best
+    expert comes first; among equals the lowest number, for groups too (``torch.topk``, which the training router asks,
+    promises no order there). Gates are ``score / (sum of the chosen scores + 1e-20) * scaling``.
+
+    Args:
+        logits_TE: float32 (or float64), E experts in groups of neighbours.
+        bias_E: the logits' dtype, or ``None``.
+    """
+    _refuse_gradient("route_tokens", logits_TE, bias_E)
+    # PyTorch's own sigmoid, which training uses: a choice that hangs on the last bit is made alike.
+    return ops.route_tokens(logits_TE.sigmoid(), bias_E, topk, num_groups or 1, group_topk or num_groups or 1, scaling)
+
+
+def mixture_of_experts(
+    x_TH: Tensor, gates_TK: Tensor, experts_TK: Tensor, w1_EGH: Tensor, w2_EHF: Tensor, first_expert: int
+) -> Tensor:
+    """What this rank's experts add for each token: ``[T, H]`` in the dtype of x.
+
+    ``sum over k of w2 (gate_k * silu(h[:F]) * h[F:])`` with ``h = w1 x`` of expert ``experts_TK[t, k]``, the function
+    of :func:`~r1_megatron.kernels.experts.grouped_swiglu_experts` for few tokens: nothing is sorted or packed in
+    memory, weights are read once. Experts outside ``[first_expert, first_expert + E)`` add nothing; so does -1, for
+    rows that are padding. One token's choices differ from each other.
+
+    Args:
+        x_TH: float32, bfloat16, or on CPU float64, like the weights.
+        gates_TK: float32.
+        experts_TK: int64, numbers of all ranks' experts.
+        w1_EGH: gate and up projection stacked, ``G = 2 F`` rows.
+        w2_EHF: down projection.
+
+    Products and the sum over k are float32 (float64 for float64); the activation is rounded to the dtype of x.
+    """
+    _refuse_gradient("mixture_of_experts", x_TH, gates_TK, w1_EGH, w2_EHF)
+    return ops.mixture_of_experts(x_TH, gates_TK, experts_TK, w1_EGH, w2_EHF, first_expert)
 
 
 def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:

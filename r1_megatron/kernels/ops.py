@@ -72,8 +72,13 @@ _SCHEMAS = (
     " float? tis_cap) -> (Tensor, Tensor, Tensor, Tensor)",
     "paged_attention(Tensor query, Tensor cache, Tensor page_table, Tensor lengths, *, int num_groups,"
     " int value_start, int value_width, float scale) -> Tensor",
+    "route_tokens(Tensor scores, Tensor? bias, int topk, int num_groups, int group_topk, float scaling)"
+    " -> (Tensor, Tensor)",
+    "mixture_of_experts(Tensor x, Tensor gates, Tensor experts, Tensor w1, Tensor w2, int first_expert) -> Tensor",
 )
 NAMES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
+# Those that csrc has for the CPU only: on CUDA their plain form runs.
+CPU_ONLY = frozenset({"route_tokens", "mixture_of_experts"})
 
 _library = torch.library.Library("r1_megatron", "DEF")
 for _schema, _name in zip(_SCHEMAS, NAMES):
@@ -139,6 +144,17 @@ def _(logprobs, *others):
 @torch.library.register_fake("r1_megatron::paged_attention", lib=_library)
 def _(query, cache, page_table, lengths, *, num_groups, value_start, value_width, scale):
     return query.new_empty(query.shape[0], query.shape[1], value_width)
+
+
+@torch.library.register_fake("r1_megatron::route_tokens", lib=_library)
+def _(scores, bias, topk, num_groups, group_topk, scaling):
+    shape = scores.shape[0], topk
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("r1_megatron::mixture_of_experts", lib=_library)
+def _(x, gates, experts, w1, w2, first_expert):
+    return torch.empty_like(x)
 
 
 ops = torch.ops.r1_megatron

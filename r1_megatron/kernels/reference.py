@@ -226,6 +226,31 @@ def paged_attention(
     return torch.einsum("dghl,dlgv->dghv", weights_DGHL, value_DLGV).flatten(1, 2).to(query.dtype)
 
 
+def route_tokens(
+    scores: Tensor, bias: Tensor | None, topk: int, num_groups: int, group_topk: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    choice_TE = scores if bias is None else scores + bias
+    if group_topk < num_groups:
+        choice_TGe = choice_TE.unflatten(1, (num_groups, -1))
+        order_TG = choice_TGe.topk(2).values.sum(-1).sort(dim=1, descending=True, stable=True).indices
+        falls_out_TG = torch.ones_like(order_TG, dtype=torch.bool).scatter_(1, order_TG[:, :group_topk], False)
+        choice_TE = choice_TGe.masked_fill(falls_out_TG[..., None], -torch.inf).flatten(1)
+    experts_TK = choice_TE.sort(dim=1, descending=True, stable=True).indices[:, :topk]
+    gates_TK = scores.gather(1, experts_TK)
+    return gates_TK / (gates_TK.sum(1, keepdim=True) + 1e-20) * scaling, experts_TK.contiguous()
+
+
+def mixture_of_experts(x: Tensor, gates: Tensor, experts: Tensor, w1: Tensor, w2: Tensor, first_expert: int) -> Tensor:
+    # Every expert sees every token, so that nobody waits to learn which ones chose it.
+    y_TH = x.new_zeros(x.shape, dtype=_arithmetic(x))
+    for expert, (w1_GH, w2_HF) in enumerate(zip(w1, w2), first_expert):
+        chosen_TK = experts == expert
+        gate_T = torch.where(chosen_TK, gates, 0.0).sum(1)
+        part_TH = swiglu(x @ w1_GH.T, gate_T.to(y_TH.dtype)) @ w2_HF.T
+        y_TH += torch.where(chosen_TK.any(1)[:, None], part_TH.to(y_TH.dtype), 0.0)
+    return y_TH.to(x.dtype)
+
+
 def k3(d: Tensor) -> Tensor:
     """``exp(d) - d - 1`` to full precision (http://joschu.net/blog/kl-approx.html, estimator k3).
 
