@@ -106,10 +106,12 @@ class LatentAttention(MLASelfAttention):
 
     def _generate_step(self, hidden_states: torch.Tensor, step: StepContext):
         """``[T, 1, hidden]`` (``[T / tp, 1, hidden]`` under sequence parallelism) to the same shape."""
+        return self.linear_proj(self.attend(*self._project_down(hidden_states[:, 0]), step)[:, None])
+
+    def attend(self, query_TE: torch.Tensor, latent_TW: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """What goes into the output projection, ``[T, H * V]``, of the two down projections of all rows."""
         cfg, decode, tokens = self.config, step.num_decode, step.num_decode + step.num_prompt_tokens
         rank, nope, heads = cfg.kv_lora_rank, cfg.qk_head_dim, self.num_attention_heads_per_partition
-        query_TE, latent_TW = self._project_down(hidden_states[:, 0])
-
         q_up = self.linear_q_proj if cfg.q_lora_rank is None else self.linear_q_up_proj
         q_THK = F.linear(query_TE, q_up.weight).view(step.num_rows, heads, self.q_head_dim)
         # The key's rotary part is one more head, so that one rotation does for all.
@@ -127,13 +129,18 @@ class LatentAttention(MLASelfAttention):
             parts.append(self._prefill(q_nope_THN[rows], q_rope_THP[rows], latent_TW[rows], step.prompts))
         if tokens < step.num_rows:
             parts.append(latent_TW.new_zeros(step.num_rows - tokens, heads * cfg.v_head_dim))
-        return self.linear_proj((parts[0] if len(parts) == 1 else torch.cat(parts))[:, None])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def project_down(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input of the query's last projection, latent before its norm and rotary part), of all rows given."""
+        latent = F.linear(rows, self.linear_kv_down_proj.weight, self.linear_kv_down_proj.bias)
+        if self.config.q_lora_rank is None:
+            return rows, latent
+        query = F.linear(rows, self.linear_q_down_proj.weight, self.linear_q_down_proj.bias)
+        return norm_before(self.linear_q_up_proj, self.q_layernorm, query), latent
 
     def _project_down(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input of the query's last projection, latent before its norm and rotary part), all T rows.
-
-        Under sequence parallelism one all-gather brings both of them together.
-        """
+        """The same through the modules; under sequence parallelism one all-gather brings all rows of both together."""
         cfg = self.config
         sequence_parallel = cfg.sequence_parallel and self.tp_group.size() > 1
         if cfg.q_lora_rank is None:

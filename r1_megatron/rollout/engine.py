@@ -38,6 +38,7 @@ from r1_megatron.config.schema import RunConfig, SamplingConfig
 from r1_megatron.data.tokenizers import Tokenizer
 from r1_megatron.model.generation import StepContext, gather_rows, pack_prompts
 from r1_megatron.model.routing import chunk_routers
+from r1_megatron.model.walk import Walk, can_walk
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rollout.answers import Answers
 from r1_megatron.rollout.cache import PAGE_SIZE, TokenCache
@@ -321,6 +322,10 @@ class _Generation:
         # Each chunk's layers and mixture-of-experts layers among those of this rank.
         self.layers = _slices([len(chunk.decoder.layers) for chunk in engine.chunks])
         self.moe_layers = _slices([len(routers) for routers in engine._routers])
+        # The walk has all rows on every tensor-parallel rank; all ranks of the job walk or none does.
+        self.walks = [Walk(chunk, self.groups, engine.record_routing) for chunk in engine.chunks if can_walk(chunk)]
+        self.walks = self.walks if len(self.walks) == len(engine.chunks) else []
+        self.num_row_shards = 1 if self.walks else self.num_shards
 
     def run(self, stop: Callable[[], bool] | None) -> None:
         """Rounds until every lane is empty; with ``stop``, in segments until that holds on all ranks of the job.
@@ -422,21 +427,10 @@ class _Generation:
 
     def _forward(self, flight: _Flight, plan: StepPlan, number: int) -> None:
         """One virtual stage of one lane's step."""
-        chunk, step = self.engine.chunks[number], flight.step
-        hidden = None
-        if self.pipeline.is_first(number):
-            hidden = chunk.embedding(input_ids=step.tokens[None], position_ids=None)
-        elif self.pipeline.size == 1:
-            chunk.decoder.set_input_tensor(flight.hidden)
-        else:
-            shape = (step.num_rows // self.num_shards, 1, self.config.hidden_size)
-            received = torch.empty(shape, dtype=self.config.params_dtype, device=self.device)
-            self.pipeline.receive_hidden(received)
-            chunk.decoder.set_input_tensor(received)
-            self.clock.charge("wait")
+        hidden = self._hidden_of_stage(flight, number)
         self.cache.copy(plan.copies, self.layers[number], self.moe_layers[number])
-        hidden = chunk.decoder(hidden_states=hidden, attention_mask=None, inference_context=step)
-        self._record_routing(number, step)
+        hidden = self._through_layers(number, hidden, flight.step)
+        self._record_routing(number, flight.step)
         if number == len(self.engine.chunks) - 1:
             self.clock.num_tokens_fed += len(plan.tokens)
         self.clock.num_forwards += 1
@@ -447,14 +441,38 @@ class _Generation:
             else:
                 self.pipeline.send_hidden(hidden)
         elif plan.num_sampled:
-            drawn = self._draw(chunk, hidden, plan)
+            drawn = self._draw(self.engine.chunks[number], hidden, plan)
             self.pipeline.send_tokens(drawn)
             flight.arriving = (plan, drawn, None)
+
+    def _hidden_of_stage(self, flight: _Flight, number: int) -> torch.Tensor:
+        """What goes into a chunk's layers, ``[T, 1, H]``, or this rank's rows of it: embedded here, or received."""
+        chunk, step = self.engine.chunks[number], flight.step
+        if self.pipeline.is_first(number):
+            if self.walks:
+                return self.walks[number].embed(step.tokens)[:, None]
+            return chunk.embedding(input_ids=step.tokens[None], position_ids=None)
+        if self.pipeline.size == 1:
+            assert flight.hidden is not None
+            return flight.hidden
+        shape = (step.num_rows // self.num_row_shards, 1, self.config.hidden_size)
+        received = torch.empty(shape, dtype=self.config.params_dtype, device=self.device)
+        self.pipeline.receive_hidden(received)
+        self.clock.charge("wait")
+        return received
+
+    def _through_layers(self, number: int, hidden: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """The chunk's layers and, behind the last one, the final norm."""
+        if self.walks:
+            return self.walks[number](hidden[:, 0], step)[:, None]
+        chunk = self.engine.chunks[number]
+        chunk.decoder.set_input_tensor(hidden)  # where it embeds, the argument counts
+        return chunk.decoder(hidden_states=hidden, attention_mask=None, inference_context=step)
 
     def _draw(self, chunk: Any, hidden: torch.Tensor, plan: StepPlan) -> torch.Tensor:
         """(token, log-probability) of every live sequence, float64 ``[num_sampled, 2]``."""
         rows = hidden[:, 0]
-        if self.num_shards > 1:
+        if self.num_row_shards > 1:
             rows = gather_rows(rows, self.groups.tp)
         table = torch.from_numpy(np.stack([plan.sampled_rows, plan.keys, plan.sample_positions])).to(self.device)
         weight = chunk.output_layer.weight
