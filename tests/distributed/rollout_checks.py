@@ -27,6 +27,7 @@ from r1_megatron.model.generation import gather_rows
 from r1_megatron.model.parameters import global_parameters
 from r1_megatron.model.routing import chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups, build_process_groups
+from r1_megatron.rollout import engine as engine_room
 from r1_megatron.rollout import sampler
 from r1_megatron.rollout.cache import PAGE_SIZE
 from r1_megatron.rollout.engine import Engine, build_engine
@@ -128,11 +129,13 @@ def check_rollouts(
     bf16: bool = False,
     replay: bool = False,
     page_size: int = 16,
+    modules: bool = False,
     **rollout: Any,
 ) -> dict[str, Any]:
     """Sample, then compare with the training forward of the same weights and layout. ``rollout``: options.
 
-    Answers ``samples`` (tokens by request), ``diff`` (largest difference of a log-probability), ``num_routed`` and
+    ``modules``: generate through the layers' modules, as Transformer Engine's are. Answers ``samples`` (tokens by
+    request), ``diff`` (largest difference of a log-probability), ``num_routed`` and
     ``misrouted`` (token-layers, and those whose recorded experts differ from the training forward's).
     """
     cfg = run_config(parallel, model)
@@ -145,7 +148,8 @@ def check_rollouts(
         groups, policy, engine = setup(cfg)
     sampling = replace(SAMPLING, temperature=temperature)
     mine = share(some_prompts(num_prompts, model.vocab_size), groups, uneven)
-    answers = engine.generate(mine, samples_per_prompt, sampling, seed=SEED, policy_version=4)
+    with mock.patch.object(engine_room, "can_walk", (lambda chunk: False) if modules else engine_room.can_walk):
+        answers = engine.generate(mine, samples_per_prompt, sampling, seed=SEED, policy_version=4)
     rollouts = [rollout for group in answers for rollout in group]
     check_nouns(mine, answers, sampling)
 

@@ -96,6 +96,13 @@ def test_layout(ranks: RankPool, alone: dict[float, dict[str, Any]], name: str) 
     assert_same_samples(ranks, alone[1.0], answers, 1.0)
 
 
+@pytest.mark.parametrize("name", ["tp2ep2", "pp2vpp2", "ep2"])
+def test_through_the_modules(ranks: RankPool, alone: dict[float, dict[str, Any]], name: str) -> None:
+    answers = run(ranks, parallel=LAYOUTS[name], modules=True)
+    assert_parity(answers)
+    assert_same_samples(ranks, alone[1.0], answers, 1.0)
+
+
 @pytest.mark.parametrize("name", TIGHT_CASES)
 def test_little_memory_and_short_forwards(ranks: RankPool, alone: dict[float, dict[str, Any]], name: str) -> None:
     """Sequences give up their places, prompts come in chunks: the samples are those of one rank with plenty."""
