@@ -2,10 +2,13 @@
 // attaches to them: one folder an operator, op.cpp its checks and dispatch, cpu.cpp and *.cu its arithmetic.
 #include "common/cpu.h"
 #include "common/tensor.h"
+#include "draw/op.h"
 #include "grouped_gemm/op.h"
+#include "latent/op.h"
 #include "mixture/op.h"
 #include "paged_attention/op.h"
 #include "policy_loss/op.h"
+#include "rms_norm/op.h"
 #include "routing/op.h"
 #include "swiglu/op.h"
 #include "token_statistics/op.h"
@@ -36,6 +39,10 @@ STABLE_TORCH_LIBRARY_IMPL(r1_megatron, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention_cpu));
   m.impl("route_tokens", TORCH_BOX(&route_tokens_cpu));
   m.impl("mixture_of_experts", TORCH_BOX(&mixture_of_experts_cpu));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm_cpu));
+  m.impl("latent_query", TORCH_BOX(&latent_query_cpu));
+  m.impl("latent_values", TORCH_BOX(&latent_values_cpu));
+  m.impl("draw_tokens", TORCH_BOX(&draw_tokens_cpu));
 }
 
 #ifdef R1_WITH_CUDA

@@ -32,7 +32,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1_megatron.kernels import library, mixture_of_experts, paged_attention, route_tokens
+from r1_megatron.kernels import (
+    draw_tokens,
+    latent_query,
+    latent_values,
+    library,
+    mixture_of_experts,
+    paged_attention,
+    rms_norm,
+    route_tokens,
+)
 from r1_megatron.kernels.experts import grouped_swiglu_experts
 from r1_megatron.kernels.ops import ops
 from r1_megatron.kernels.vocab_parallel import token_statistics
@@ -329,7 +338,7 @@ def decode_routing(small: bool) -> Case:
 
 
 def decode_experts(small: bool, num_tokens: int, dtype: torch.dtype) -> Case:
-    """The routed experts of a decode step; four layers of weights, so that no cache holds a layer until it comes back."""
+    """The routed experts of a decode step; of four layers, so that no cache holds a weight until it is read again."""
     num_tokens, num_layers = (4, 1) if small else (num_tokens, 4)
     num_experts, topk, hidden, width = 16, 4, 256, 128
     generator = torch.Generator().manual_seed(6)
@@ -364,6 +373,84 @@ def decode_experts(small: bool, num_tokens: int, dtype: torch.dtype) -> Case:
     )
 
 
+def decode_latent(small: bool) -> Case:
+    """Latent attention around its scores: rotation, norm, cache, absorbed query; then the values of mixed latents."""
+    from r1_megatron.model.latent_attention import rotate
+
+    num_tokens, heads, nope, rope, rank, values = (4 if small else 64), 8, 32, 16, 64, 32
+    generator = torch.Generator().manual_seed(7)
+    query_THK = torch.randn(num_tokens, heads, nope + rope, generator=generator)
+    latent_TW = torch.randn(num_tokens, rank + rope, generator=generator)
+    up_HAR = torch.randn(heads, nope + values, rank, generator=generator)
+    weight_R = torch.ones(rank)
+    cos_TP, sin_TP = torch.randn(2, num_tokens, rope // 2, generator=generator)
+    cache = torch.zeros(num_tokens, 16, rank + rope)
+    rows_T = torch.arange(num_tokens) * 16
+
+    def ours() -> tuple[Tensor, Tensor]:
+        q_THW = latent_query(query_THK, latent_TW, up_HAR, weight_R, cos_TP, sin_TP, 1e-6, cache, rows_T)
+        return q_THW, latent_values(q_THW[..., :rank].contiguous(), up_HAR, values)
+
+    def torch_run() -> tuple[Tensor, Tensor]:
+        rope_T1P = torch.cat([query_THK[..., nope:], latent_TW[:, None, rank:]], 1)
+        rotated_TGP = rotate(rope_T1P, cos_TP[:, None], sin_TP[:, None])
+        normed_TR = F.rms_norm(latent_TW[:, :rank], (rank,), weight_R, 1e-6)
+        cache.view(-1, rank + rope).index_copy_(0, rows_T, torch.cat([normed_TR, rotated_TGP[:, heads]], -1))
+        q_THR = torch.bmm(query_THK[..., :nope].transpose(0, 1), up_HAR[:, :nope]).transpose(0, 1)
+        q_THW = torch.cat([q_THR, rotated_TGP[:, :heads]], -1)
+        mixed_THR = q_THW[..., :rank].contiguous()
+        v_HTV = torch.bmm(mixed_THR.transpose(0, 1), up_HAR[:, nope:].transpose(1, 2))
+        return q_THW, v_HTV.transpose(0, 1).flatten(1)
+
+    return Case(
+        f"decode latent: T={num_tokens} H={heads} N={nope} P={rope} R={rank} V={values} fp32",
+        {"ours": Candidate(ours), "torch rotate, norm, cat, bmm": Candidate(torch_run)},
+    )
+
+
+def decode_norm(small: bool) -> Case:
+    """A residual sum and its RMSNorm."""
+    generator = torch.Generator().manual_seed(8)
+    x_TN, residual_TN = torch.randn(2, 4 if small else 64, 256, generator=generator)
+    weight_N = torch.ones(256)
+
+    def torch_run() -> tuple[Tensor, Tensor]:
+        summed_TN = x_TN + residual_TN
+        return F.rms_norm(summed_TN, (256,), weight_N, 1e-6), summed_TN
+
+    return Case(
+        f"decode norm: T={len(x_TN)} N=256, with residual, fp32",
+        {"ours": Candidate(lambda: rms_norm(x_TN, weight_N, 1e-6, residual_TN)), "torch": Candidate(torch_run)},
+    )
+
+
+def decode_draw(small: bool) -> Case:
+    """A token a row, one vocabulary shard: the noise and both normalisers."""
+    from r1_megatron.rollout.sampler import gumbel_from_bits, position_keys, uniform_bits
+
+    num_rows, vocab = (4, 64) if small else (64, 1024)
+    generator = torch.Generator().manual_seed(9)
+    logits_BV = 3 * torch.randn(num_rows, vocab, generator=generator)
+    keys_B = position_keys(torch.arange(num_rows), torch.arange(num_rows))
+
+    def torch_run() -> tuple[Tensor]:
+        z_BV = logits_BV / 0.9
+        score_BV = z_BV + gumbel_from_bits(uniform_bits(keys_B, torch.arange(vocab)))
+        best_B, winner_B = score_BV.max(-1)
+        max_B = z_BV.amax(-1)
+        sum_B = torch.exp(z_BV - max_B[:, None]).sum(-1)
+        columns = [best_B, winner_B, z_BV.gather(1, winner_B[:, None])[:, 0], max_B, sum_B]
+        return (torch.stack([column.double() for column in columns], -1),)
+
+    return Case(
+        f"decode draw: B={num_rows} V={vocab} fp32",
+        {
+            "ours": Candidate(lambda: (draw_tokens(logits_BV, keys_B, 0, vocab, 0.9),)),
+            "torch, rollout/sampler.py": Candidate(torch_run),
+        },
+    )
+
+
 CASES: dict[str, Callable[[bool], Case]] = {
     "experts": functools.partial(expert_layer, hidden=256),
     "experts narrow": functools.partial(expert_layer, hidden=128),
@@ -372,7 +459,12 @@ CASES: dict[str, Callable[[bool], Case]] = {
     "annotation": annotation,
 }
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-CASES["decode routing"] = decode_routing
+CASES |= {
+    "decode routing": decode_routing,
+    "decode latent": decode_latent,
+    "decode norm": decode_norm,
+    "decode draw": decode_draw,
+}
 for _dtype in DTYPE_NAMES:
     for _tokens in (32, 64):
         _key = f"decode experts {_tokens} {DTYPE_NAMES[_dtype]}"

@@ -35,8 +35,8 @@ std::string describe(const Tensor& tensor) {
   return text + "] " + name_of(tensor.scalar_type());
 }
 
-void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
-                  std::initializer_list<int64_t> sizes) {
+static void check_sizes(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                        std::initializer_list<int64_t> sizes) {
   std::string expected = "[";
   bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
   int64_t axis = 0;
@@ -46,8 +46,20 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, const 
     ++axis;
   }
   R1_CHECK(fits, op, ": ", name, " must be ", expected, "], got ", describe(tensor));
-  R1_CHECK(tensor.is_contiguous(), op, ": ", name, " ", describe(tensor), " must be contiguous");
   R1_CHECK(tensor.device() == like.device(), op, ": ", name, " is not on the device of the other tensors");
+}
+
+void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                  std::initializer_list<int64_t> sizes) {
+  check_sizes(op, name, tensor, like, sizes);
+  R1_CHECK(tensor.is_contiguous(), op, ": ", name, " ", describe(tensor), " must be contiguous");
+}
+
+void check_rows(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                std::initializer_list<int64_t> sizes) {
+  check_sizes(op, name, tensor, like, sizes);
+  R1_CHECK(tensor.stride(1) == 1 || tensor.size(1) == 1, op, ": the rows of ", name, " ", describe(tensor),
+           " must be contiguous");
 }
 
 Element element_of(const char* op, const Tensor& tensor) {

@@ -31,6 +31,10 @@ std::string describe(const Tensor& tensor);
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
                   std::initializer_list<int64_t> sizes);
 
+// The same for a matrix whose rows may stand apart, as a slice of columns leaves them.
+void check_rows(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                std::initializer_list<int64_t> sizes);
+
 // Calls f(float{}), f(double{}) or f(BFloat16{}) according to `dtype`; raises for any other.
 template <class F>
 void for_dtype(const char* op, ScalarType dtype, F&& f) {

@@ -6,6 +6,22 @@ calls are the differentiable functions over them. Nothing here knows a model, a 
 communication is what an operator's formula needs, over the process group it is given.
 """
 
-from r1_megatron.kernels.decode import mixture_of_experts, paged_attention, route_tokens
+from r1_megatron.kernels.decode import (
+    draw_tokens,
+    latent_query,
+    latent_values,
+    mixture_of_experts,
+    paged_attention,
+    rms_norm,
+    route_tokens,
+)
 
-__all__ = ["mixture_of_experts", "paged_attention", "route_tokens"]
+__all__ = [
+    "draw_tokens",
+    "latent_query",
+    "latent_values",
+    "mixture_of_experts",
+    "paged_attention",
+    "rms_norm",
+    "route_tokens",
+]

@@ -9,6 +9,7 @@ A page is ``page_size`` consecutive positions of one sequence in ``cache [num_pa
 
 Shapes: D rows (tokens), H heads of this rank, G groups of heads that share keys and values, K width of a key, V width
 of a value, W numbers kept of a token. Of experts: T tokens, H hidden, E experts of this rank, F width of one.
+Of latent attention: R latent, P rotary, N other channels of a key; A rows of the up-projection a head.
 """
 
 from __future__ import annotations
@@ -109,6 +110,77 @@ def mixture_of_experts(
     """
     _refuse_gradient("mixture_of_experts", x_TH, gates_TK, w1_EGH, w2_EHF)
     return ops.mixture_of_experts(x_TH, gates_TK, experts_TK, w1_EGH, w2_EHF, first_expert)
+
+
+def rms_norm(x_TN: Tensor, weight_N: Tensor, eps: float, residual_TN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(RMSNorm of ``x + residual``, that sum), each ``[T, N]`` in the dtype of x; without a residual the sum is x.
+
+    The function of ``torch.nn.RMSNorm`` (arXiv 1910.07467), in float32 for bfloat16. The sum is rounded before it is
+    normed, as where the two are separate steps. The rows of x may stand apart (a slice of columns).
+    """
+    _refuse_gradient("rms_norm", x_TN, weight_N, residual_TN)
+    normed_TN, summed_TN = ops.rms_norm(x_TN, weight_N, eps, residual_TN)
+    return normed_TN, x_TN if residual_TN is None else summed_TN
+
+
+def latent_query(
+    query_THK: Tensor,
+    latent_TW: Tensor,
+    up_HAR: Tensor,
+    norm_weight_R: Tensor,
+    cos_TP: Tensor,
+    sin_TP: Tensor,
+    eps: float,
+    cache: Tensor,
+    cache_rows: Tensor,
+) -> Tensor:
+    """Latent attention up to its scores: writes the tokens into the cache, answers absorbed queries ``[T, H, R + P]``.
+
+    A token is kept as its latent, normed, and its key's rotary part, rotated. A query's first N numbers are multiplied
+    by the keys' up-projection (so that they meet latents), its last P are rotated: what :func:`paged_attention` takes
+    as query with ``num_groups=1``. Rotation takes pairs (2i, 2i + 1) and leaves halves, as megatron-core's MLA.
+
+    Args:
+        query_THK: K = N + P, before rotation.
+        latent_TW: W = R + P, before norm and rotation; its rows may stand apart (a slice of columns).
+        up_HAR: A = N + V rows a head, those of the keys first: a view of ``linear_kv_up_proj.weight``.
+        norm_weight_R: of the latent's RMSNorm; ``eps`` is its epsilon.
+        cos_TP, sin_TP: ``[T, P / 2]``, by position.
+        cache: ``[num_pages, page_size, R + P]``, is written.
+        cache_rows: int64 ``[C]``, rows of ``cache.view(-1, R + P)`` for the first C <= T tokens; others are not kept.
+
+    All of the query's dtype; float32 inside for bfloat16, rounded once.
+    """
+    _refuse_gradient("latent_query", query_THK, latent_TW, up_HAR, norm_weight_R)
+    return ops.latent_query(query_THK, latent_TW, up_HAR, norm_weight_R, cos_TP, sin_TP, eps, cache, cache_rows)
+
+
+def latent_values(mixed_THR: Tensor, up_HAR: Tensor, value_width: int) -> Tensor:
+    """Latent attention behind its scores: mixed latents times each head's last ``value_width`` rows, ``[T, H * V]``.
+
+    ``up_HAR`` as in :func:`latent_query`; products are summed in float32 (float64 for float64).
+    """
+    _refuse_gradient("latent_values", mixed_THR, up_HAR)
+    return ops.latent_values(mixed_THR, up_HAR, value_width)
+
+
+def draw_tokens(logits_BV: Tensor, keys_B: Tensor, vocab_start: int, vocab_size: int, temperature: float) -> Tensor:
+    """One vocabulary shard's part of Gumbel-max sampling without truncation: float64 ``[B, 5]``.
+
+    Columns: best score, its vocabulary id, its logit, the largest logit, the sum of ``exp(logit - largest)``; logits at
+    the temperature. The score is the logit plus the Gumbel noise of ``rollout/sampler.py`` (the same hashed bits of row
+    key and vocabulary id, its float32 to rounding); at temperature 0 it is the logit. Among equals the lowest id wins.
+
+    Args:
+        logits_BV: this shard's columns, vocabulary ids ``[vocab_start, vocab_start + V)``, used in float32.
+        keys_B: int64, of :func:`r1_megatron.rollout.sampler.position_keys`.
+        vocab_size: columns of ids from here on are padding and are not read.
+
+    A row with NaN or +inf has NaN in its sum, so that its log-probability is NaN. A shard of padding only answers
+    (-inf, vocab_start, -inf, -inf, 0).
+    """
+    _refuse_gradient("draw_tokens", logits_BV)
+    return ops.draw_tokens(logits_BV, keys_B, vocab_start, vocab_size, temperature)
 
 
 def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:

@@ -5,8 +5,8 @@ float64 too); where it is not, the same call runs the plain PyTorch of ``referen
 What training uses are the differentiable functions over them: ``vocab_parallel.py``, ``linear_head.py``,
 ``policy_loss.py``, ``experts.py``.
 
-All tensors are contiguous. The same row gives the same bits whatever the number of rows, the offsets and the
-neighbours are: every sum runs in an order that only the reduced length decides.
+All tensors are contiguous (where rows may stand apart, it is said). The same row gives the same bits whatever the
+number of rows, the offsets and the neighbours are: every sum runs in an order that only the reduced length decides.
 
 Grouped GEMM. ``offsets [E]`` (int32 or int64, on the tensors' device, never read by the host on CUDA) holds the end of
 each expert's rows, so expert ``e`` owns the rows ``[offsets[e-1], offsets[e])``; empty experts are allowed and nothing
@@ -75,10 +75,15 @@ _SCHEMAS = (
     "route_tokens(Tensor scores, Tensor? bias, int topk, int num_groups, int group_topk, float scaling)"
     " -> (Tensor, Tensor)",
     "mixture_of_experts(Tensor x, Tensor gates, Tensor experts, Tensor w1, Tensor w2, int first_expert) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor, Tensor)",
+    "latent_query(Tensor query, Tensor latent, Tensor up, Tensor norm_weight, Tensor cos, Tensor sin, float eps,"
+    " Tensor(a!) cache, Tensor cache_rows) -> Tensor",
+    "latent_values(Tensor mixed, Tensor up, int value_width) -> Tensor",
+    "draw_tokens(Tensor logits, Tensor keys, int vocab_start, int vocab_size, float temperature) -> Tensor",
 )
 NAMES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
 # Those that csrc has for the CPU only: on CUDA their plain form runs.
-CPU_ONLY = frozenset({"route_tokens", "mixture_of_experts"})
+CPU_ONLY = frozenset(("route_tokens", "mixture_of_experts", "rms_norm", "latent_query", "latent_values", "draw_tokens"))
 
 _library = torch.library.Library("r1_megatron", "DEF")
 for _schema, _name in zip(_SCHEMAS, NAMES):
@@ -155,6 +160,26 @@ def _(scores, bias, topk, num_groups, group_topk, scaling):
 @torch.library.register_fake("r1_megatron::mixture_of_experts", lib=_library)
 def _(x, gates, experts, w1, w2, first_expert):
     return torch.empty_like(x)
+
+
+@torch.library.register_fake("r1_megatron::rms_norm", lib=_library)
+def _(x, weight, eps, residual):
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
+
+
+@torch.library.register_fake("r1_megatron::latent_query", lib=_library)
+def _(query, latent, up, norm_weight, cos, sin, eps, cache, cache_rows):
+    return query.new_empty(query.shape[0], query.shape[1], latent.shape[1])
+
+
+@torch.library.register_fake("r1_megatron::latent_values", lib=_library)
+def _(mixed, up, value_width):
+    return mixed.new_empty(mixed.shape[0], mixed.shape[1] * value_width)
+
+
+@torch.library.register_fake("r1_megatron::draw_tokens", lib=_library)
+def _(logits, keys, vocab_start, vocab_size, temperature):
+    return logits.new_empty(logits.shape[0], 5, dtype=torch.float64)
 
 
 ops = torch.ops.r1_megatron

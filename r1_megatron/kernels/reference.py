@@ -251,6 +251,72 @@ def mixture_of_experts(x: Tensor, gates: Tensor, experts: Tensor, w1: Tensor, w2
     return y_TH.to(x.dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    summed = x if residual is None else x + residual
+    normed = F.rms_norm(summed.to(_arithmetic(x)), (x.shape[1],), weight.to(_arithmetic(x)), eps).to(x.dtype)
+    return normed, x.new_empty(0) if residual is None else summed
+
+
+def latent_query(
+    query: Tensor,
+    latent: Tensor,
+    up: Tensor,
+    norm_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    cache: Tensor,
+    cache_rows: Tensor,
+) -> Tensor:
+    rank, rope = len(norm_weight), 2 * cos.shape[1]
+    query_THK, latent_TW, up_HAR = (t.to(_arithmetic(query)) for t in (query, latent, up))
+    cos_T1P, sin_T1P = cos.to(query_THK.dtype)[:, None], sin.to(query_THK.dtype)[:, None]
+
+    def rotate(x: Tensor) -> Tensor:
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.cat([even * cos_T1P - odd * sin_T1P, odd * cos_T1P + even * sin_T1P], -1)
+
+    normed_TR, _ = rms_norm(latent_TW[:, :rank], norm_weight.to(query_THK.dtype), eps, None)
+    kept_TW = torch.cat([normed_TR, rotate(latent_TW[:, None, rank:])[:, 0]], -1)[: len(cache_rows)]
+    cache.view(-1, cache.shape[-1]).index_copy_(0, cache_rows, kept_TW.to(cache.dtype))
+    nope = query.shape[2] - rope
+    absorbed_THR = torch.einsum("thn,hnr->thr", query_THK[..., :nope], up_HAR[:, :nope])
+    return torch.cat([absorbed_THR, rotate(query_THK[..., nope:])], -1).to(query.dtype)
+
+
+def latent_values(mixed: Tensor, up: Tensor, value_width: int) -> Tensor:
+    mixed_THR, up_HAR = mixed.to(_arithmetic(mixed)), up.to(_arithmetic(mixed))
+    return torch.einsum("thr,hvr->thv", mixed_THR, up_HAR[:, -value_width:]).flatten(1).to(mixed.dtype)
+
+
+def draw_tokens(logits: Tensor, keys: Tensor, vocab_start: int, vocab_size: int, temperature: float) -> Tensor:
+    z_BV = logits.float()
+    if temperature not in (0, 1):
+        z_BV = z_BV / temperature
+    ids_V = torch.arange(vocab_start, vocab_start + logits.shape[1], device=logits.device)
+    z_BV = z_BV.masked_fill(ids_V >= vocab_size, -torch.inf)
+    score_BV = z_BV if temperature == 0 else z_BV + _gumbel(keys, ids_V)
+    best_B, winner_B = score_BV.max(-1)
+    max_B = z_BV.amax(-1)
+    sum_B = (z_BV - max_B.clamp(min=torch.finfo(torch.float32).min)[:, None]).exp().sum(-1)
+    logit_B = z_BV.gather(1, winner_B[:, None])[:, 0]
+    return torch.stack([best_B.double(), (winner_B + vocab_start).double(), logit_B, max_B, sum_B], -1)
+
+
+def _gumbel(keys_B: Tensor, ids_V: Tensor) -> Tensor:
+    """The noise of ``rollout/sampler.py``, hashed in int64 that is cut to 32 bits after every step."""
+
+    def mix(x: Tensor) -> Tensor:
+        x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+        x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    low_B1, high_B1 = (keys_B & 0xFFFFFFFF)[:, None], (keys_B >> 32 & 0xFFFFFFFF)[:, None]
+    bits_BV = mix(mix((ids_V * 0x9E3779B1 & 0xFFFFFFFF) ^ low_B1) + high_B1 & 0xFFFFFFFF)
+    uniform_BV = (bits_BV.float() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform_BV.clamp(max=1 - 2.0**-24)))
+
+
 def k3(d: Tensor) -> Tensor:
     """``exp(d) - d - 1`` to full precision (http://joschu.net/blog/kl-approx.html, estimator k3).
 
