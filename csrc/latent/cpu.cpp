@@ -28,20 +28,30 @@ inline float value(Bfloat16 x) {
   return real;
 }
 
+// At most a vector of them.
+template <class T>
+inline void store_numbers(const Real<T>* from, int64_t count, T* to) {
+  if constexpr (std::is_same_v<T, Real<T>>)
+    __builtin_memcpy(to, from, count * sizeof(T));
+  else
+    store_first(to, count, load_first(from, count, 0));
+}
+
 // Pairs (2i, 2i + 1) in, halves out.
 template <class T>
 void rotate(const T* x, const T* cos, const T* sin, int64_t width, T* to) {
   const int64_t half = width / 2;
   for (int64_t i = 0; i < half; i += kLanes<T>) {
     const int64_t count = smaller(half - i, kLanes<T>);
-    Vector<T> even = {}, odd = {};
+    Real<T> first[kLanes<T>], second[kLanes<T>];
     for (int64_t lane = 0; lane < count; ++lane) {
-      even[lane] = value(x[2 * (i + lane)]);
-      odd[lane] = value(x[2 * (i + lane) + 1]);
+      const Real<T> even = value(x[2 * (i + lane)]), odd = value(x[2 * (i + lane) + 1]);
+      const Real<T> c = value(cos[i + lane]), s = value(sin[i + lane]);
+      first[lane] = even * c - odd * s;
+      second[lane] = odd * c + even * s;
     }
-    const Vector<T> c = load_first(cos + i, count, 0), s = load_first(sin + i, count, 0);
-    store_first(to + i, count, even * c - odd * s);
-    store_first(to + half + i, count, odd * c + even * s);
+    store_numbers(first, count, to + i);
+    store_numbers(second, count, to + half + i);
   }
 }
 
@@ -118,12 +128,10 @@ void values_rows(const LatentValues& latent, int64_t begin, int64_t end) {
           left[i] = static_cast<const T*>(latent.mixed) + (smaller(row + i, end - 1) * heads + head) * rank;
         for (int j = 0; j < kRight; ++j) right[j] = up + smaller(column + j, width - 1) * rank;
         const Vector<T> dots = dot_tile<kLeft>(left, right, rank);
-        for (int64_t i = 0; i < smaller(kLeft, end - row); ++i) {
-          Vector<T> own = {};
-          for (int j = 0; j < kRight; ++j) own[j] = dots[i * kRight + j];
-          store_first(static_cast<T*>(latent.out) + ((row + i) * heads + head) * width + column,
-                      smaller(kRight, width - column), own);
-        }
+        const auto* numbers = reinterpret_cast<const Real<T>*>(&dots);
+        for (int64_t i = 0; i < smaller(kLeft, end - row); ++i)
+          store_numbers(numbers + i * kRight, smaller(kRight, width - column),
+                        static_cast<T*>(latent.out) + ((row + i) * heads + head) * width + column);
       }
   }
 }
