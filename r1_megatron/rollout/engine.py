@@ -505,18 +505,19 @@ class _Generation:
 
     def _take(self, lane: int, plan: StepPlan, drawn: torch.Tensor) -> None:
         """Append the drawn tokens to their sequences and answer those that end."""
-        requests = [self.scheduler.request(sequence).request for sequence in plan.sequences.tolist()]
         tokens, logprobs = drawn[:, 0].numpy().astype(np.int64), drawn[:, 1].numpy()
         if not np.isfinite(logprobs).all():
             number = int(np.flatnonzero(~np.isfinite(logprobs))[0])
+            request = self.scheduler.request(int(plan.sequences[number])).request
             raise FloatingPointError(
                 f"generation: the logits are not finite at position {plan.sample_positions[number]} of request "
-                f"{requests[number]} (prompt {requests[number] // SAMPLES_PER_PROMPT_LIMIT})"
+                f"{request} (prompt {request // SAMPLES_PER_PROMPT_LIMIT})"
             )
         stopped = self.scheduler.append(plan, tokens, logprobs)
         self.clock.num_tokens_drawn += len(tokens)
         if self.sampling.stop:
-            for number, (request, token) in enumerate(zip(requests, tokens.tolist())):
+            for number, (sequence, token) in enumerate(zip(plan.sequences.tolist(), tokens.tolist())):
+                request = self.scheduler.request(sequence).request
                 stopped[number] |= self.answers.completes_stop_string(request, token)
         for end in self.scheduler.retire(lane, plan, stopped):
             self.answers.finish(end, self._routing)

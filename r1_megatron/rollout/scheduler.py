@@ -22,8 +22,9 @@ Invariants, all asserted or tested:
 7. Everything follows from the requests and the drawn tokens, so all ranks of a replica that ask in the same order hold
    equal lanes without a word said about shapes.
 
-Progress: a lane's oldest sequence is given up only for lack of a page for its next token, thus after it has drawn one,
-and the pages suffice for one sequence of ``max_len``. So every admission ends in a drawn token.
+Progress: a sequence is given up in favour of an older one that draws a token in this very forward, or because other
+lanes hold the pages. Alone in flight it gets whatever it needs: kept prompts give way, and the pages suffice for one
+sequence of ``max_len``.
 """
 
 from __future__ import annotations

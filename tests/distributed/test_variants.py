@@ -116,10 +116,14 @@ def test_optimizer_trajectory(ranks: RankPool, references: str) -> None:
 
 
 def test_generation(ranks: RankPool) -> None:
-    """The training forward's log-probabilities and experts, and the same samples on a layout as on one rank."""
+    """The training forward's log-probabilities and experts, and the same samples on a layout as on one rank.
+
+    The layout feeds prompts of up to 33 tokens in chunks of sixteen, into pages of four.
+    """
     check = "tests.distributed.variant_checks:generation"
     (alone,) = ranks.run(check, 1, parallel=LAYOUTS["one"], names=SAMPLED)
-    spread = ranks.run(check, 4, parallel=layout(tp=2, pp=2), names=SAMPLED)
+    chunks = {"max_prefill_tokens": 16, "page_size": 4}
+    spread = ranks.run(check, 4, parallel=layout(tp=2, pp=2), names=SAMPLED, **chunks)
     for name in SAMPLED:
         for answer in (alone[name], *(answers[name] for answers in spread)):
             assert answer["diff"] <= 1e-4, name

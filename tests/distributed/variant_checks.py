@@ -50,12 +50,12 @@ def trajectories(parallel: ParallelConfig, path: str, names: Sequence[str]) -> A
     }
 
 
-def generation(parallel: ParallelConfig, names: Sequence[str], bf16: bool = False) -> Answers:
+def generation(parallel: ParallelConfig, names: Sequence[str], **options: Any) -> Answers:
     """Samples, and how far the training forward's log-probabilities and experts are from the rollout's."""
     answers = {}
     for name in names:
         print(f"variant {name}", flush=True)
-        answers[name] = check_rollouts(parallel, model=sampled(VARIANTS[name]), bf16=bf16)
+        answers[name] = check_rollouts(parallel, model=sampled(VARIANTS[name]), **options)
     return answers
 
 
