@@ -27,7 +27,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention, M
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from r1_megatron.kernels import paged_attention
+from r1_megatron.kernels.decode import latent_query, latent_values, paged_attention, rms_norm
 from r1_megatron.model.generation import StepContext, gather_rows, rotary_tables
 from r1_megatron.model.transformer import output_projection_with_bias
 
@@ -111,22 +111,14 @@ class LatentAttention(MLASelfAttention):
     def attend(self, query_TE: torch.Tensor, latent_TW: torch.Tensor, step: StepContext) -> torch.Tensor:
         """What goes into the output projection, ``[T, H * V]``, of the two down projections of all rows."""
         cfg, decode, tokens = self.config, step.num_decode, step.num_decode + step.num_prompt_tokens
-        rank, nope, heads = cfg.kv_lora_rank, cfg.qk_head_dim, self.num_attention_heads_per_partition
+        heads = self.num_attention_heads_per_partition
         q_up = self.linear_q_proj if cfg.q_lora_rank is None else self.linear_q_up_proj
         q_THK = F.linear(query_TE, q_up.weight).view(step.num_rows, heads, self.q_head_dim)
-        # The key's rotary part is one more head, so that one rotation does for all.
-        rotated = rotate(torch.cat([q_THK[..., nope:], latent_TW[:, None, rank:]], 1), step.cos, step.sin)
-        latent_TW = torch.cat([self._norm_latent(latent_TW[:, :rank]), rotated[:, heads]], -1)
-        q_nope_THN, q_rope_THP = q_THK[..., :nope], rotated[:, :heads]
-
-        cache = step.cache[self.layer_number]
-        cache.view(-1, cache.shape[-1]).index_copy_(0, step.cache_rows, latent_TW[:tokens])
         parts = []
         if decode:
-            parts.append(self._decode(q_nope_THN[:decode], q_rope_THP[:decode], cache, step))
+            parts.append(self._decode(q_THK[:decode], latent_TW[:decode], step))
         if step.prompts is not None:
-            rows = slice(decode, tokens)
-            parts.append(self._prefill(q_nope_THN[rows], q_rope_THP[rows], latent_TW[rows], step.prompts))
+            parts.append(self._prefill(q_THK[decode:tokens], latent_TW[decode:tokens], step, step.prompts))
         if tokens < step.num_rows:
             parts.append(latent_TW.new_zeros(step.num_rows - tokens, heads * cfg.v_head_dim))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -154,35 +146,47 @@ class LatentAttention(MLASelfAttention):
             query, latent = both.split([query.shape[-1], latent.shape[-1]], -1)
         return query, latent
 
-    def _norm_latent(self, latent: torch.Tensor) -> torch.Tensor:
-        return norm_before(self.linear_kv_up_proj, self.kv_layernorm, latent)
-
     def _up_projection(self) -> torch.Tensor:
         """``[H, N + V, R]``: a view of the live training weight."""
         cfg = self.config
         return self.linear_kv_up_proj.weight.view(-1, cfg.qk_head_dim + cfg.v_head_dim, cfg.kv_lora_rank)
 
-    def _decode(self, q_nope_DHN, q_rope_DHP, cache, step: StepContext) -> torch.Tensor:
+    def _decode(self, q_DHK: torch.Tensor, latent_DW: torch.Tensor, step: StepContext) -> torch.Tensor:
         """Absorbed attention of single tokens over the cached latents of their sequences; answers ``[D, H * V]``."""
-        nope, rank = self.config.qk_head_dim, self.config.kv_lora_rank
-        up_HAR = self._up_projection()
-        q_latent_DHR = torch.bmm(q_nope_DHN.transpose(0, 1), up_HAR[:, :nope]).transpose(0, 1)
+        cfg, up_HAR, cache = self.config, self._up_projection(), step.cache[self.layer_number]
+        cos_DP, sin_DP = step.cos[: step.num_decode, 0], step.sin[: step.num_decode, 0]
+        weight_R = norm_weight(self.linear_kv_up_proj, self.kv_layernorm)
+        cache_rows = step.cache_rows[: step.num_decode]
+        query_DHW = latent_query(
+            q_DHK, latent_DW, up_HAR, weight_R, cos_DP, sin_DP, LATENT_NORM_EPSILON, cache, cache_rows
+        )
         mixed_DHR = paged_attention(
-            torch.cat([q_latent_DHR, q_rope_DHP], -1),
+            query_DHW,
             cache,
             step.page_table,
             step.lengths,
             num_groups=1,
             value_start=0,
-            value_width=rank,
+            value_width=cfg.kv_lora_rank,
             scale=self.softmax_scale,
         )
-        return torch.bmm(mixed_DHR.transpose(0, 1), up_HAR[:, nope:].transpose(1, 2)).transpose(0, 1).flatten(1)
+        return latent_values(mixed_DHR, up_HAR, cfg.v_head_dim)
 
-    def _prefill(self, q_nope_UHN, q_rope_UHP, latent_UW, prompts: PackedSeqParams) -> torch.Tensor:
+    def _prefill(
+        self, q_UHK: torch.Tensor, latent_UW: torch.Tensor, step: StepContext, prompts: PackedSeqParams
+    ) -> torch.Tensor:
         """Ordinary causal attention within each packed prompt; answers ``[U, H * V]``."""
         cfg, heads = self.config, self.num_attention_heads_per_partition
+        rows = slice(step.num_decode, step.num_decode + step.num_prompt_tokens)
+        q_nope_UHN, q_rope_UHP = q_UHK.split([cfg.qk_head_dim, cfg.qk_pos_emb_head_dim], -1)
         latent_UR, rope_UP = latent_UW.split([cfg.kv_lora_rank, cfg.qk_pos_emb_head_dim], -1)
+        # The key's rotary part is one more head, so that one rotation does for all.
+        rotated = rotate(torch.cat([q_rope_UHP, rope_UP[:, None]], 1), step.cos[rows], step.sin[rows])
+        q_rope_UHP, rope_UP = rotated[:, :heads], rotated[:, heads]
+        latent_UR = norm_before(self.linear_kv_up_proj, self.kv_layernorm, latent_UR)
+        cache = step.cache[self.layer_number]
+        cache.view(-1, self.cache_width).index_copy_(0, step.cache_rows[rows], torch.cat([latent_UR, rope_UP], -1))
+
         expanded_UHA = F.linear(latent_UR, self.linear_kv_up_proj.weight).view(len(latent_UR), heads, -1)
         k_nope_UHN, v_UHV = expanded_UHA.split([cfg.qk_head_dim, cfg.v_head_dim], -1)
         query = torch.cat([q_nope_UHN, q_rope_UHP], -1)
@@ -204,8 +208,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1)
 
 
-def norm_before(projection, norm, x: torch.Tensor) -> torch.Tensor:
-    """The RMSNorm in front of an up-projection. Transformer Engine fuses it into the projection (and ``norm`` is the
-    identity); its weight is then ``projection.layer_norm_weight``."""
+def norm_weight(projection: Any, norm: Any) -> torch.Tensor:
+    """Of the RMSNorm in front of an up-projection. Transformer Engine fuses the two (and ``norm`` is the identity)."""
     weight = getattr(projection, "layer_norm_weight", None)
-    return norm(x) if weight is None else F.rms_norm(x, (x.shape[-1],), weight, LATENT_NORM_EPSILON)
+    return norm.weight if weight is None else weight
+
+
+def norm_before(projection: Any, norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """The RMSNorm in front of an up-projection."""
+    return rms_norm(x, norm_weight(projection, norm), LATENT_NORM_EPSILON)[0]

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from r1_megatron.kernels.decode import mixture_of_experts, route_tokens
+from r1_megatron.kernels.decode import mixture_of_experts, rms_norm, route_tokens
 from r1_megatron.kernels.ops import ops
 from r1_megatron.model.experts import GroupedExperts
 from r1_megatron.model.generation import StepContext, gather_rows
@@ -57,10 +57,15 @@ class Walk:
 
     def __call__(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor:
         """``[T, H]`` through all layers, and the final norm where this chunk has it."""
+        added = None
         for layer in self._layers:
-            hidden = hidden + layer.attention(_norm(layer.attention_norm, hidden), step)
-            hidden = hidden + layer.feed_forward(_norm(layer.feed_forward_norm, hidden), step)
-        return hidden if self._final_norm is None else _norm(self._final_norm, hidden)
+            normed, hidden = _norm(layer.attention_norm, hidden, added)
+            added = layer.attention(normed, step)
+            normed, hidden = _norm(layer.feed_forward_norm, hidden, added)
+            added = layer.feed_forward(normed, step)
+        if self._final_norm is not None:
+            return _norm(self._final_norm, hidden, added)[0]
+        return hidden if added is None else hidden + added
 
     def all_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """All rows of what sequence parallelism has split."""
@@ -166,8 +171,11 @@ class _Layer:
         return cls(layer.input_layernorm, attention, layer.pre_mlp_layernorm, feed_forward)
 
 
-def _norm(norm: RMSNorm, rows: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(rows, norm.normalized_shape, norm.weight, norm.eps)
+def _norm(norm: RMSNorm, stream: torch.Tensor, added: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream with what was added to it, normed, and not."""
+    if added is None:
+        return rms_norm(stream, norm.weight, norm.eps or 0.0)
+    return rms_norm(added, norm.weight, norm.eps or 0.0, stream)
 
 
 def _gated_mlp(mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from r1_megatron.config.schema import SamplingConfig
+from r1_megatron.kernels.decode import draw_tokens
 
 # Gathers a tensor over the vocabulary shards: [...] -> [S, ...], shard order.
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -137,24 +138,13 @@ def sample_tokens(
     A row with NaN or infinite logits gives a NaN log-probability; the caller raises, it knows the request's name.
     """
     greedy = sampling.temperature == 0
-    ids_V = torch.arange(vocab_start, vocab_start + logits_BV.shape[1], device=logits_BV.device)
-    z_BV = logits_BV.float()
-    if not greedy and sampling.temperature != 1:
-        z_BV = z_BV / sampling.temperature
-    if vocab_start + logits_BV.shape[1] > vocab_size:
-        z_BV = z_BV.masked_fill(ids_V >= vocab_size, -math.inf)
-
     truncates = not greedy and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
-    kept_BV = z_BV.masked_fill(~kept_tokens(z_BV, ids_V, sampling, gather), -math.inf) if truncates else z_BV
-    score_BV = kept_BV if greedy else kept_BV + gumbel_from_bits(uniform_bits(keys_B, ids_V))
-
     # What each shard tells the others: its winner and its parts of the two normalisers.
-    best_B, winner_B = score_BV.max(-1)
-    winner_logit_B = z_BV.gather(1, winner_B[:, None])[:, 0]
-    columns = [best_B, winner_B + vocab_start, winner_logit_B, *_max_and_sum(z_BV)]
     if truncates:
-        columns += _max_and_sum(kept_BV)
-    shards_SBN = gather(torch.stack([c.double() for c in columns], -1))
+        told_BN = _draw_truncated(logits_BV, vocab_start, vocab_size, keys_B, sampling, gather)
+    else:
+        told_BN = draw_tokens(logits_BV.contiguous(), keys_B, vocab_start, vocab_size, sampling.temperature)
+    shards_SBN = gather(told_BN)
 
     shard_B = shards_SBN[..., 0].argmax(0)  # the first among equals is the lowest vocabulary id
     winner_BN = shards_SBN.gather(0, shard_B[None, :, None].expand(1, -1, shards_SBN.shape[-1]))[0]
@@ -165,6 +155,26 @@ def sample_tokens(
     else:
         truncated_B = logprob_B * 0 if greedy else logprob_B
     return Draw(token_B, logprob_B.float(), truncated_B.float())
+
+
+def _draw_truncated(
+    logits_BV: torch.Tensor,
+    vocab_start: int,
+    vocab_size: int,
+    keys_B: torch.Tensor,
+    sampling: SamplingConfig,
+    gather: Gather,
+) -> torch.Tensor:
+    """What :func:`draw_tokens` answers, under a truncated law, and the parts of that law's normaliser: ``[B, 7]``."""
+    ids_V = torch.arange(vocab_start, vocab_start + logits_BV.shape[1], device=logits_BV.device)
+    z_BV = logits_BV.float() / sampling.temperature
+    if vocab_start + logits_BV.shape[1] > vocab_size:
+        z_BV = z_BV.masked_fill(ids_V >= vocab_size, -math.inf)
+    kept_BV = z_BV.masked_fill(~kept_tokens(z_BV, ids_V, sampling, gather), -math.inf)
+    best_B, winner_B = (kept_BV + gumbel_from_bits(uniform_bits(keys_B, ids_V))).max(-1)
+    winner_logit_B = z_BV.gather(1, winner_B[:, None])[:, 0]
+    columns = [best_B, winner_B + vocab_start, winner_logit_B, *_max_and_sum(z_BV), *_max_and_sum(kept_BV)]
+    return torch.stack([column.double() for column in columns], -1)
 
 
 def kept_tokens(z_BV: torch.Tensor, ids_V: torch.Tensor, sampling: SamplingConfig, gather: Gather) -> torch.Tensor:
