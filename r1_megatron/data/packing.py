@@ -1,7 +1,7 @@
 """Packing: sequences of any length end to end into microbatches, no padding between them.
 
-Planning is arithmetic on lengths (``plan_microbatches``, ``equalise``); building turns a plan into tensors
-(``build_microbatch``, ``pack_step``). What a finished :class:`MicroBatch` keeps:
+A plan (`data/balance.py`) says which sequences share a microbatch; here it is turned into tensors. What a finished
+:class:`MicroBatch` keeps:
 
 1. every sample is in it once, whole, in the order given, and the real tokens come first;
 2. ``T = sum(lengths)`` is a multiple of the tensor-parallel size; padding is less than one such multiple (an empty
@@ -21,71 +21,16 @@ Planning is arithmetic on lengths (``plan_microbatches``, ``equalise``); buildin
 
 from __future__ import annotations
 
-import heapq
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from r1_megatron.data.balance import Plan
 from r1_megatron.types import MicroBatch, StepBatch, TrainSample
 
 # The token-aligned arrays of a TrainSample that travel in MicroBatch.arrays.
 ARRAYS = ("loss_mask", "advantages", "behaviour_logprobs", "old_logprobs", "reference_logprobs")
-
-Plan = list[list[int]]
-
-
-def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> Plan:
-    """Indices of the sequences of each microbatch: at most ``max_tokens`` together, a longer one alone.
-
-    Best fit, longest first: a sequence goes where it leaves the least room. The result depends on the lengths only,
-    equal lengths keeping their order; every microbatch lists its sequences longest first.
-    """
-    assert max_tokens >= 1 and all(length >= 1 for length in lengths), (max_tokens, min(lengths, default=1))
-    plan: Plan = []
-    rooms: list[tuple[int, int]] = []  # (free tokens, microbatch), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        position = bisect_left(rooms, (length, -1))
-        if position < len(rooms):
-            room, microbatch = rooms.pop(position)
-            plan[microbatch].append(index)
-        else:
-            room, microbatch = max(max_tokens, length), len(plan)
-            plan.append([index])
-        insort(rooms, (room - length, microbatch))
-    return plan
-
-
-def common_count(counts: Sequence[int], multiple: int = 1) -> int:
-    """The number of microbatches every data-parallel rank must run, from the number each has planned.
-
-    One at least; a multiple of ``multiple`` (the pipeline size for megatron-core's interleaved schedule). Unequal
-    counts would hang the expert-parallel all-to-all.
-    """
-    most = max([1, *counts])
-    return -(-most // multiple) * multiple
-
-
-def equalise(plan: Plan, count: int) -> Plan:
-    """The plan with exactly ``count`` microbatches: some are split in two, empty ones fill what is left.
-
-    A split computes the same tokens as before, where a dummy would add to them, and evens out the pipeline.
-    Deterministic: the microbatch with the most sequences is split first, the earlier one of equals.
-    """
-    assert len(plan) <= count, f"{len(plan)} microbatches planned, only {count} allowed"
-    plan = [list(microbatch) for microbatch in plan]
-    heap = [(-len(microbatch), i) for i, microbatch in enumerate(plan)]
-    heapq.heapify(heap)
-    while len(plan) < count and heap and heap[0][0] <= -2:
-        _, i = heapq.heappop(heap)
-        first, second = plan[i][::2], plan[i][1::2]
-        plan[i] = first
-        plan.append(second)
-        heapq.heappush(heap, (-len(first), i))
-        heapq.heappush(heap, (-len(second), len(plan) - 1))
-    return plan + [[] for _ in range(count - len(plan))]
 
 
 def build_microbatch(

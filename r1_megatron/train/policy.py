@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,13 +19,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from r1_megatron.config.schema import RunConfig
-from r1_megatron.data.packing import Plan, common_count, equalise, pack_step, plan_microbatches, unpack
+from r1_megatron.data.balance import plan_step
+from r1_megatron.data.packing import pack_step, unpack
 from r1_megatron.model.build import build_model
 from r1_megatron.model.policy_model import PolicyModel
 from r1_megatron.model.routing import all_routers, chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups
+from r1_megatron.planner.flops import ModelFlops, model_flops
 from r1_megatron.train.optimizer import build_optimizer, ddp_config
 from r1_megatron.train.schedule import Pipeline, finalize_gradients, statistics_pass
+from r1_megatron.train.share import Share, gather_lengths
 from r1_megatron.types import StepBatch, TrainSample
 
 # Tensors by chunk and name: the weights of another policy for the same modules.
@@ -53,6 +59,11 @@ class Policy:
     @property
     def pipeline(self) -> Pipeline:
         return Pipeline(self.chunks, self.wrapped, self.groups)
+
+    @cached_property
+    def flops(self) -> ModelFlops:
+        """What a pass over packed sequences costs."""
+        return model_flops(self.cfg.model)
 
     @property
     def routing_shape(self) -> tuple[int, int] | None:
@@ -86,8 +97,13 @@ class Policy:
                     chunk.enable_forward_pre_hook()
 
     def pack(self, samples: Sequence[TrainSample], num_tokens: int) -> StepBatch:
-        """This rank's samples of one optimizer step as microbatches; the same number on every data-parallel rank."""
-        return pack_step(samples, self._plan(samples), num_tokens=num_tokens, **self._packing(self.routing_shape))
+        """The microbatches of one optimizer step for this rank; ``samples`` are those that lie on it.
+
+        Work is spread evenly over the data-parallel ranks, so a rank packs other ranks' samples too. Collective.
+        """
+        share = self.share(samples)
+        packing = self._packing(self.routing_shape)
+        return pack_step(share.hand_out(samples), share.plan, num_tokens=num_tokens, **packing)
 
     def logprobs(self, samples: Sequence[TrainSample], temperature: float, replay: bool = True) -> list[np.ndarray]:
         """Token-aligned log-probabilities of each sample under the training forward, float32, on every rank.
@@ -95,8 +111,11 @@ class Policy:
         Entry ``t`` belongs to the token at ``t + 1``; the last entry is meaningless. With ``replay`` the rollout's
         experts are used where they were recorded. Collective over all ranks.
         """
-        plan = self._plan(samples)
-        batch = pack_step(samples, plan, num_tokens=0, **self._packing(self.routing_shape if replay else None))
+        share = self.share(samples)
+        if not replay:
+            samples = [dataclasses.replace(sample, routed_experts=None) for sample in samples]
+        packing = self._packing(self.routing_shape if replay else None)
+        batch = pack_step(share.hand_out(samples), share.plan, num_tokens=0, **packing)
         self.train_mode()
         with self.gathered():
             outputs = statistics_pass(self.pipeline, batch.microbatches, temperature)
@@ -105,18 +124,23 @@ class Policy:
         if self.chunks[-1].post_process:
             flat = torch.cat(outputs, dim=1).float()
         dist.broadcast(flat, src=self.groups.pipeline_ranks[-1], group=self.groups.pp)
-        answer: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
-        for indices, part, microbatch in zip(plan, flat.split(sizes, dim=1), batch.microbatches):
-            for index, values in zip(indices, unpack(part, microbatch)):
-                answer[index] = values
-        return answer
+        parts = zip(flat.cpu().split(sizes, dim=1), batch.microbatches)
+        return share.hand_back([values for part, microbatch in parts for values in unpack(part, microbatch)])
 
-    def _plan(self, samples: Sequence[TrainSample]) -> Plan:
-        """Which samples share a microbatch; as many microbatches as the data-parallel rank with the most needs."""
-        plan = plan_microbatches([len(sample.tokens) for sample in samples], self.cfg.train.micro_batch_tokens)
-        most = torch.tensor([len(plan)], device=self.groups.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.dp)
-        return equalise(plan, common_count([int(most)], self.pipeline.count_multiple))
+    def share(self, samples: Sequence[TrainSample]) -> Share:
+        """Who works on which sample, and in which microbatch. Collective over the data-parallel ranks."""
+        topology = self.groups.topology
+        lengths = gather_lengths([len(sample.tokens) for sample in samples], self.groups)
+        flat = list(itertools.chain(*lengths))
+        plans = plan_step(
+            flat,
+            self.flops.work,
+            max_tokens=self.cfg.train.micro_batch_tokens,
+            num_ranks=topology.dp,
+            multiple=self.pipeline.count_multiple,
+            lockstep=topology.ep * topology.etp > topology.tp,
+        )
+        return Share(self.groups, plans, first=[0, *itertools.accumulate(map(len, lengths))])
 
     def _packing(self, routing_shape: tuple[int, int] | None) -> dict[str, Any]:
         return {

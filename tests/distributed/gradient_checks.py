@@ -8,8 +8,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from r1_megatron.data.balance import Plan
+from r1_megatron.data.packing import pack_step
 from r1_megatron.model.parameters import global_parameters
 from r1_megatron.model.routing import all_routers
+from r1_megatron.planner.flops import model_flops
 from r1_megatron.train.objectives import PolicyObjective
 from r1_megatron.train.policy import Policy
 from r1_megatron.train.schedule import packed_sequences, statistics_pass
@@ -20,6 +23,7 @@ from tests.distributed.train_bench import (
     Answer,
     Bench,
     backward,
+    errors_of,
     expected_shard,
     gradients_of,
     padded_head_rows,
@@ -45,9 +49,38 @@ def sequential_experts(bench: Bench) -> Answer:
 
 
 def one_rank_has_no_sample(bench: Bench) -> Answer:
-    """All samples on data-parallel rank 0: the others run microbatches of nothing but padding."""
+    """All samples stay on data-parallel rank 0: the others run microbatches of nothing but padding."""
     policy = bench.policy(bench.config(TINY))
-    return gradients_of(policy, bench.samples() if bench.groups.dp_rank == 0 else [], bench.references["tiny"])
+    samples = bench.samples() if bench.groups.dp_rank == 0 else []
+    batch = pack_step(samples, unbalanced_plan(samples), num_tokens=1, multiple=bench.groups.topology.tp)
+    return errors_of(policy, batch, bench.references["tiny"])
+
+
+def balance(bench: Bench) -> Answer:
+    """Gradients with samples where the plan sends them, against every rank working on those that lie on it."""
+    policy = bench.policy(bench.config(TINY))
+    samples = bench.mine(bench.samples())
+    work = model_flops(TINY).work
+    found = []
+    unbalanced = pack_step(samples, unbalanced_plan(samples), num_tokens=1, multiple=bench.groups.topology.tp)
+    for batch in (policy.pack(samples, 1), unbalanced):
+        loss = backward(policy, batch)
+        parameters = [p for c in policy.chunks for p in global_parameters(c, bench.groups)]
+        grads = {p.name: p.tensor.main_grad.clone() for p in parameters}
+        loads = [sum(map(work, batch.lengths[: batch.num_sequences])) for batch in batch.microbatches]
+        found.append((loss, grads, loads))
+    (balanced_loss, balanced, loads), (alone_loss, alone, loads_alone) = found
+    return {
+        "loss_error": abs(balanced_loss - alone_loss),
+        "error": max(relative_error(balanced[name], alone[name]) for name in alone),
+        "work": loads,
+        "work_alone": loads_alone,
+    }
+
+
+def unbalanced_plan(samples: list[TrainSample]) -> Plan:
+    """Eight microbatches, dealt in turn; some may be empty."""
+    return [list(range(len(samples)))[number::8] for number in range(8)]
 
 
 def rope(bench: Bench) -> Answer:
@@ -245,6 +278,7 @@ CHECKS = (
     gradients,
     sequential_experts,
     one_rank_has_no_sample,
+    balance,
     rope,
     full_rank_query,
     tied_embeddings,

@@ -73,6 +73,7 @@ PLAN = {
     ),
     "dp2": (
         "gradients",
+        "balance",
         "one_rank_has_no_sample",
         "aux_loss",
         "packing",
@@ -121,6 +122,7 @@ PLAN = {
     ),
     "ep2": (
         "gradients",
+        "balance",
         "one_rank_has_no_sample",
         "aux_loss",
         "recompute",
@@ -136,9 +138,18 @@ PLAN = {
     "pp4": ("gradients", "router_replay"),
     "pp2_uneven": ("gradients", "mtp", "router_replay"),
     "pp2_string": ("mtp", "mtp_left_alone", "mtp_recomputed"),
-    "tp2dp2ep4": ("gradients", "one_rank_has_no_sample", "trajectory"),
+    "tp2dp2ep4": ("gradients", "balance", "one_rank_has_no_sample", "trajectory"),
     "tp2pp2ep2": ("gradients", "aux_loss", "recompute", "logprobs", "router_replay", "grpo", "trajectory", "nonfinite"),
-    "eight": ("gradients", "tied_embeddings", "mtp", "logprobs", "router_replay", "trajectory_overlapped", "bf16"),
+    "eight": (
+        "gradients",
+        "balance",
+        "tied_embeddings",
+        "mtp",
+        "logprobs",
+        "router_replay",
+        "trajectory_overlapped",
+        "bf16",
+    ),
 }
 
 

@@ -20,7 +20,6 @@ from r1_megatron.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
-from r1_megatron.data.packing import equalise, plan_microbatches
 from r1_megatron.data.tokenizers import build_tokenizer
 from r1_megatron.model.build import build_model
 from r1_megatron.model.generation import gather_rows
@@ -156,7 +155,7 @@ def check_rollouts(
     chosen = record_training_routing(policy)
     logprobs = training_logprobs(policy, rollouts, temperature, replay)
     diff = max((np.abs(a - r.logprobs).max() for a, r in zip(logprobs, rollouts)), default=0.0)
-    misrouted, num_routed = compare_routing(chosen, rollouts, groups)
+    misrouted, num_routed = compare_routing(chosen, rollouts, policy)
     return {
         "samples": {r.request: r.tokens.tolist() for r in rollouts},
         "logprobs": {r.request: r.logprobs.tolist() for r in rollouts},
@@ -214,22 +213,21 @@ def record_training_routing(policy: Policy) -> list[list[torch.Tensor]]:
     return chosen
 
 
-def compare_routing(
-    chosen: list[list[torch.Tensor]], rollouts: list[Rollout], groups: ProcessGroups
-) -> tuple[int, int]:
+def compare_routing(chosen: list[list[torch.Tensor]], rollouts: list[Rollout], policy: Policy) -> tuple[int, int]:
     """(token-layers whose recorded experts differ, all token-layers) over one pass of the training forward."""
     if not chosen:  # a stage without mixture-of-experts layers
         return 0, 0
     wrong = total = 0
-    num_microbatches = len(chosen[0])
-    plan = equalise(plan_microbatches([len(r.tokens) for r in rollouts], MICRO_BATCH_TOKENS), num_microbatches)
-    for number in range(num_microbatches):
+    share = policy.share([as_sample(rollout, replay=False) for rollout in rollouts])
+    rollouts = share.hand_out(rollouts)
+    assert all(len(notes) == len(share.plan) for notes in chosen)
+    for number, microbatch in enumerate(share.plan):
         layers = [notes[number] for notes in chosen]
-        if groups.topology.tp > 1:
-            layers = [gather_rows(rows, groups.tp) for rows in layers]
+        if policy.groups.topology.tp > 1:
+            layers = [gather_rows(rows, policy.groups.tp) for rows in layers]
         trained_TLK = torch.stack([rows.sort(-1).values for rows in layers], 1).numpy()
         first = 0
-        for index in plan[number]:
+        for index in microbatch:
             recorded = np.sort(rollouts[index].routed_experts.astype(np.int64), -1)
             wrong += int((recorded != trained_TLK[first : first + len(recorded)]).any(-1).sum())
             total += recorded.shape[0] * recorded.shape[1]

@@ -102,6 +102,24 @@ def test_packed_equals_unpacked(measured: Measured, layout: str) -> None:
         assert answer["loss_error"] <= 1e-6
 
 
+@layouts("balance")
+def test_balanced_equals_unbalanced(measured: Measured, layout: str) -> None:
+    """Where a sample is worked on changes nothing; the work of all ranks and microbatches becomes about the same."""
+    answers = measured(layout, "balance")
+    for answer in answers:
+        assert answer["error"] <= 3e-6
+        assert answer["loss_error"] <= 1e-6
+
+    def spread(name: str) -> float:
+        """Of the ranks' work, the largest against the mean."""
+        loads = [sum(answer[name]) for answer in answers]
+        return max(loads) * len(loads) / sum(loads)
+
+    assert spread("work_alone") > 1.2
+    assert spread("work") < 1.03
+    assert len({len(answer["work"]) for answer in answers}) == 1
+
+
 @layouts("logprobs")
 def test_logprobs_of_policy_and_reference(measured: Measured, layout: str) -> None:
     """At temperature 0.7; the policy is bit-unchanged after another's weights were swapped in and out."""

@@ -24,7 +24,7 @@ from r1_megatron.types import StepBatch, TrainSample
 from tests.tiny import TINY
 
 # Several microbatches of several sequences each; a few microbatches are not full.
-MICRO_BATCH_TOKENS = 90
+MICRO_BATCH_TOKENS = 60
 NORMAL = TrainConfig(use_distributed_optimizer=False, micro_batch_tokens=MICRO_BATCH_TOKENS)
 Answer = dict[str, Any]
 
@@ -136,7 +136,11 @@ def backward(policy: Policy, batch: StepBatch, objective: Any = None, num_sequen
 
 def gradients_of(policy: Policy, samples: Sequence[TrainSample], expected: Answer, objective: Any = None) -> Answer:
     """Loss and gradients of this rank's samples, against a reference with ``loss`` and ``gradients``."""
-    batch = policy.pack(samples, num_tokens=1)
+    return errors_of(policy, policy.pack(samples, num_tokens=1), expected, objective)
+
+
+def errors_of(policy: Policy, batch: StepBatch, expected: Answer, objective: Any = None) -> Answer:
+    """The same of a batch that is packed already."""
     loss = backward(policy, batch, objective)
     return {
         "loss_error": abs(loss - expected["loss"]),

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from r1_megatron.data.packing import (
-    ARRAYS,
-    build_microbatch,
-    common_count,
-    equalise,
-    pack_step,
-    plan_microbatches,
-    unpack,
-)
+from r1_megatron.data.balance import plan_step
+from r1_megatron.data.packing import ARRAYS, build_microbatch, pack_step, unpack
 from r1_megatron.types import TrainSample
 
 ROUTING = (2, 3)  # MoE layers of this stage, topk
@@ -37,72 +30,6 @@ def sample(rng, n, routed=True, optional=True):
         reference_logprobs=values() if optional else None,
         routed_experts=rng.integers(0, 256, (n - 1, *ROUTING)).astype(np.uint8) if routed else None,
     )
-
-
-def random_lengths(rng):
-    return [int(n) for n in rng.integers(1, rng.integers(2, 60), rng.integers(0, 40))]
-
-
-# ----- plans
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_plan(seed):
-    rng = np.random.default_rng(seed)
-    lengths, limit = random_lengths(rng), int(rng.integers(1, 80))
-    plan = plan_microbatches(lengths, limit)
-    assert sorted(i for microbatch in plan for i in microbatch) == list(range(len(lengths)))  # each exactly once
-    totals = [sum(lengths[i] for i in microbatch) for microbatch in plan]
-    for microbatch, total in zip(plan, totals):
-        assert total <= limit or len(microbatch) == 1  # only a sequence that is too long itself exceeds the limit
-        assert [lengths[i] for i in microbatch] == sorted((lengths[i] for i in microbatch), reverse=True)
-    assert plan == plan_microbatches(list(lengths), limit)
-    # Any-fit: no two microbatches could have been one, and so at most one is half empty.
-    assert all(a + b > limit for k, a in enumerate(totals) for b in totals[k + 1 :])
-
-
-def test_plan_known_answers():
-    assert plan_microbatches([], 10) == []
-    assert plan_microbatches([3, 3, 3], 3) == [[0], [1], [2]]
-    assert plan_microbatches([2, 9, 4, 6, 1], 10) == [[1, 4], [3, 2], [0]]
-    assert plan_microbatches([50, 2], 10) == [[0], [1]]
-    with pytest.raises(AssertionError):
-        plan_microbatches([3, 0], 10)
-
-
-def test_plan_is_close_to_the_bound():
-    """Best fit decreasing needs at most 11/9 of the optimum (and here the sum of lengths bounds that from below)."""
-    rng = np.random.default_rng(7)
-    lengths = [int(n) for n in rng.integers(20, 400, 2000)]
-    assert len(plan_microbatches(lengths, 2048)) <= 1.02 * np.ceil(sum(lengths) / 2048)
-
-
-def test_common_count():
-    assert common_count([3, 5, 4]) == 5
-    assert common_count([3, 5, 4], multiple=4) == 8
-    assert common_count([0, 0]) == 1 and common_count([], multiple=2) == 2
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_equalise(seed):
-    rng = np.random.default_rng(seed)
-    lengths = random_lengths(rng)
-    plan = plan_microbatches(lengths, 50)
-    target = len(plan) + int(rng.integers(0, 10))
-    result = equalise(plan, target)
-    assert len(result) == target
-    assert sorted(i for microbatch in result for i in microbatch) == list(range(len(lengths)))
-    # Dummies only where nothing is left to split.
-    assert all(microbatch for microbatch in result) or all(len(microbatch) <= 1 for microbatch in result)
-    # A split never makes a microbatch longer.
-    longest = max((sum(lengths[i] for i in m) for m in plan), default=0)
-    assert max((sum(lengths[i] for i in m) for m in result), default=0) <= longest
-    assert equalise(plan, len(plan)) == plan
-    with pytest.raises(AssertionError):
-        equalise([[0], [1]], 1)
-
-
-# ----- tensors
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 8, 64])
@@ -182,11 +109,10 @@ def test_mistakes_are_caught():
 
 
 def test_round_trip_through_a_step():
-    """Plan, equalise, pack, unpack: every sample comes back as it was."""
+    """Plan, pack, unpack: every sample comes back as it was."""
     rng = np.random.default_rng(3)
     samples = [sample(rng, int(n)) for n in rng.integers(1, 40, 17)]
-    plan = plan_microbatches([len(s.tokens) for s in samples], 64)
-    plan = equalise(plan, common_count([len(plan), len(plan) + 1], multiple=4))
+    (plan,) = plan_step([len(s.tokens) for s in samples], float, max_tokens=64, multiple=4)
     step = pack_step(samples, plan, num_tokens=123, multiple=2, routing_shape=ROUTING)
     assert step.num_tokens == 123 and len(step.microbatches) == len(plan)
     seen = {}

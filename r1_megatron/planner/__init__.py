@@ -1,0 +1,1 @@
+"""Arithmetic about a run that needs no machine: what a model costs."""

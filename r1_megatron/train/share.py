@@ -1,0 +1,102 @@
+"""Who works on which sequence: the samples of all data-parallel ranks dealt anew, so that the ranks are done together.
+
+Rollouts lie where they were sampled, and how long they became nobody chose. Lengths are exchanged, every rank makes the
+same plan from them (`data/balance.py`), samples travel to the rank that works on them, and what it finds travels back.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from r1_megatron.data.balance import Plan
+from r1_megatron.parallel.groups import ProcessGroups
+
+
+@dataclass(frozen=True)
+class Share:
+    """This data-parallel rank's part of a plan over the sequences of all of them, numbered rank after rank.
+
+    Attributes:
+        plans: the plan of every rank.
+        first: the number of every rank's first sequence, and how many there are in all.
+    """
+
+    groups: ProcessGroups
+    plans: Sequence[Plan]
+    first: Sequence[int]
+
+    @property
+    def plan(self) -> Plan:
+        """This rank's microbatches as indices into what :meth:`hand_out` answers."""
+        numbers = itertools.count()
+        return [[next(numbers) for _ in microbatch] for microbatch in self.plans[self.groups.dp_rank]]
+
+    def hand_out(self, mine: Sequence[Any]) -> list[Any]:
+        """What belongs to the sequences of this rank's plan, in its order; ``mine``: to those that lie here.
+
+        Collective over the data-parallel ranks.
+        """
+        start = self.first[self.groups.dp_rank]
+        received = self._exchange(
+            [[mine[i - start] for i in self._of(rank, self.groups.dp_rank)] for rank in self._ranks]
+        )
+        parts = [iter(part) for part in received]
+        return [next(parts[self._home(i)]) for i in itertools.chain(*self.plans[self.groups.dp_rank])]
+
+    def hand_back(self, results: Sequence[Any]) -> list[Any]:
+        """The way back: ``results`` in the order of this rank's plan, the answer in that of the sequences here.
+
+        Collective over the data-parallel ranks.
+        """
+        me = self.groups.dp_rank
+        outgoing: list[list[Any]] = [[] for _ in self._ranks]
+        for i, result in zip(itertools.chain(*self.plans[me]), results, strict=True):
+            outgoing[self._home(i)].append(result)
+        answer: list[Any] = [None] * (self.first[me + 1] - self.first[me])
+        for rank, part in enumerate(self._exchange(outgoing)):
+            for i, result in zip(self._of(rank, me), part, strict=True):
+                answer[i - self.first[me]] = result
+        return answer
+
+    @property
+    def _ranks(self) -> range:
+        return range(len(self.plans))
+
+    def _home(self, number: int) -> int:
+        """The rank that a sequence lies on."""
+        return bisect.bisect_right(self.first, number) - 1
+
+    def _of(self, worker: int, home: int) -> list[int]:
+        """The sequences in the plan of one rank that lie on another, in the plan's order."""
+        return [i for i in itertools.chain(*self.plans[worker]) if self.first[home] <= i < self.first[home + 1]]
+
+    def _exchange(self, outgoing: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """``outgoing[r]`` goes to rank r; answers what every rank sent here."""
+        if len(outgoing) == 1:
+            return [list(outgoing[0])]
+        device, group = self.groups.device, self.groups.dp
+        parts = [pickle.dumps(part, protocol=pickle.HIGHEST_PROTOCOL) for part in outgoing]
+        sizes = torch.tensor([len(part) for part in parts], device=device)
+        arriving = torch.empty_like(sizes)
+        dist.all_to_all_single(arriving, sizes, group=group)
+        out_sizes, in_sizes = sizes.tolist(), arriving.tolist()
+        sent = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).to(device)
+        received = torch.empty(sum(in_sizes), dtype=torch.uint8, device=device)
+        dist.all_to_all_single(received, sent, in_sizes, out_sizes, group=group)
+        return [pickle.loads(part.numpy()) for part in received.cpu().split(in_sizes)]
+
+
+def gather_lengths(lengths: Sequence[int], groups: ProcessGroups) -> list[list[int]]:
+    """The lengths that every data-parallel rank holds. Collective over them."""
+    everyone: list[list[int]] = [list(lengths)] * groups.topology.dp
+    if groups.topology.dp > 1:
+        dist.all_gather_object(everyone, list(lengths), group=groups.dp)
+    return everyone
