@@ -353,6 +353,18 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Where the time of a step goes: a trace of every rank (torch profiler, for Perfetto) and a table, in
+    ``output_dir/profile/``. A profiled step is slower than the others."""
+
+    # The steps that are profiled; empty: none.
+    steps: tuple[int, ...] = ()
+    # Peak rate of one rank in the training dtype, in TFLOP/s, to which the model FLOPs of training are compared; null:
+    # profiles measure it with a matrix product, and metrics.jsonl gets no perf/mfu.
+    peak_tflops: float | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The whole configuration of one run."""
 
@@ -374,3 +386,4 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

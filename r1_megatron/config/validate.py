@@ -55,6 +55,7 @@ def validate_config(cfg: RunConfig, world_size: int | None = None, check_files: 
         *_experts(cfg),
         *_data(cfg),
         *_checkpoint(cfg),
+        *_profile(cfg),
     ]
     if check_files:
         problems += _machine(cfg)
@@ -138,7 +139,7 @@ _POSITIVE = {
     "rl": ("advantage_epsilon",),
     "train": ("lr", "adam_eps"),
 }
-_POSITIVE_OR_NULL = {"rl": ("tis_cap", "probs_diff_limit")}
+_POSITIVE_OR_NULL = {"rl": ("tis_cap", "probs_diff_limit"), "profile": ("peak_tflops",)}
 _FRACTION = {"sft": ("corrupt_fraction", "malformed_fraction")}
 
 
@@ -456,6 +457,15 @@ def _checkpoint(cfg: RunConfig) -> Iterator[str]:
             f"checkpoint.best_metric={c.best_metric} is no result of an evaluation. Name one of metrics.jsonl's, "
             "for instance eval/sampled_accuracy or eval/greedy_accuracy."
         )
+
+
+def _profile(cfg: RunConfig) -> Iterator[str]:
+    steps = list(cfg.profile.steps)
+    if steps and cfg.stage == "evaluate":
+        yield f"profile.steps={steps}: stage=evaluate has no steps to be profiled. Set profile.steps=[]."
+    outside = [step for step in steps if not 1 <= step <= cfg.train.steps]
+    if outside and cfg.stage != "evaluate":
+        yield f"profile.steps: {outside} are not among the steps of the run, 1 to train.steps({cfg.train.steps})."
 
 
 def _machine(cfg: RunConfig) -> Iterator[str]:

@@ -139,6 +139,47 @@ def cuda_type_names() -> Iterator[None]:
         torch.Tensor.type, torch.Tensor.cuda = tensor_type, tensor_cuda
 
 
+@contextlib.contextmanager
+def annotated_receives(name: str) -> Iterator[None]:
+    """Within: where the host waits for the neighbouring pipeline stage, a profiler's trace says ``name``.
+
+    On CUDA the host does not wait, the receiving kernel does: nothing happens there.
+    """
+    if installed_kind() == "cuda":
+        yield
+        return
+    from megatron.core.pipeline_parallel import p2p_communication
+
+    communicator = p2p_communication.P2PCommunicator
+    exchange_shapes, exchange = communicator._communicate_shapes, p2p_communication._p2p_ops
+
+    def annotated_shapes(self, send_next, send_prev, recv_prev, recv_next):
+        receives = recv_prev or recv_next
+        with torch.profiler.record_function(name) if receives else contextlib.nullcontext():
+            return exchange_shapes(self, send_next, send_prev, recv_prev, recv_next)
+
+    def annotated_exchange(**kwargs):
+        works = exchange(**kwargs)
+        return {key: _AnnotatedWork(work, name) if "recv" in key else work for key, work in works.items()}
+
+    communicator._communicate_shapes, p2p_communication._p2p_ops = annotated_shapes, annotated_exchange
+    try:
+        yield
+    finally:
+        communicator._communicate_shapes, p2p_communication._p2p_ops = exchange_shapes, exchange
+
+
+class _AnnotatedWork:
+    """A receive under way whose wait appears in a trace."""
+
+    def __init__(self, work: dist.Work, name: str):
+        self._work, self._name = work, name
+
+    def wait(self) -> None:
+        with torch.profiler.record_function(self._name):
+            self._work.wait()
+
+
 class _NullStream:
     """Stands for a CUDA stream or event where there is one implicit order of work: every method answers itself."""
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from r1_megatron.config.schema import RunConfig, SamplingConfig
 from r1_megatron.stages.grading import grade
 from r1_megatron.stages.setup import Run, open_run
+from r1_megatron.telemetry.phases import phase
 from r1_megatron.types import GradedGroup
 
 # Held-out prompts are drawn with another seed than training prompts of the same number.
@@ -42,8 +43,10 @@ def end_step(run: Run, step: int) -> bool:
     """
     ends = run.checkpoints.asked_to_end()
     evaluates = is_due(run, step) and (not ends or step == run.cfg.train.steps)
-    run.checkpoints.evaluation = evaluate(run, step) if evaluates else {}
-    run.checkpoints.save_if_due(step, ends)
+    with phase("evaluation"):
+        run.checkpoints.evaluation = evaluate(run, step) if evaluates else {}
+    with phase("checkpoint"):
+        run.checkpoints.save_if_due(step, ends)
     return ends
 
 

@@ -25,6 +25,7 @@ from r1_megatron.rollout.in_flight import RolloutStopped
 from r1_megatron.stages.evaluate import end_step, evaluate_at_start
 from r1_megatron.stages.grading import grade
 from r1_megatron.stages.setup import Run, open_run
+from r1_megatron.stages.step_profile import profiled_steps
 from r1_megatron.stages.step_report import Minibatch, StepReport
 from r1_megatron.train.objectives import PolicyObjective
 from r1_megatron.train.step import RaisedTogether, train_step
@@ -43,7 +44,7 @@ def run(cfg: RunConfig) -> None:
         if not run.checkpoints.resumed:
             refresh_reference(run, step=0)
         evaluate_at_start(run)
-        for step in run.checkpoints.steps():
+        for step in profiled_steps(run):
             report = StepReport(run)
             before = prompts.state()
             try:

@@ -103,6 +103,7 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
                 is_writer=is_writer,
                 world_size=dist.get_world_size(),
                 num_samples=cfg.telemetry.num_samples,
+                peak_tflops=cfg.profile.peak_tflops,
                 tensorboard=cfg.telemetry.tensorboard,
                 wandb_project=cfg.telemetry.wandb_project,
                 name=cfg.name,

@@ -16,6 +16,7 @@ from r1_megatron.data.demonstrations import Demonstration, load_demonstrations, 
 from r1_megatron.data.prompts import epoch_order
 from r1_megatron.stages.evaluate import end_step, evaluate_at_start
 from r1_megatron.stages.setup import Run, open_run
+from r1_megatron.stages.step_profile import profiled_steps
 from r1_megatron.train.objectives import SupervisedObjective
 from r1_megatron.train.step import train_step
 from r1_megatron.types import TrainSample
@@ -27,7 +28,7 @@ def run(cfg: RunConfig) -> None:
         rows = run.checkpoints.track("demonstrations", DemonstrationStream(run))
         if run.checkpoints.resumed:
             evaluate_at_start(run)
-        for step in run.checkpoints.steps():
+        for step in profiled_steps(run):
             with run.log.clock("data"):
                 batch = rows.take(cfg.sft.batch_size)
                 mine = batch[run.groups.dp_rank :: run.groups.topology.dp]
@@ -42,6 +43,8 @@ def run(cfg: RunConfig) -> None:
                 "train/updates": float(result.updated),
                 "train/skipped_updates": float(not result.updated),
                 "perf/total_num_tokens": float(tokens),
+                "perf/train_tokens": float(tokens),
+                "perf/train_flops": float(run.policy.flops.training(len(row.tokens) for row in batch)),
             }
             run.log.write(step, metrics)
             if result.problem:

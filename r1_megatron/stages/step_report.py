@@ -44,6 +44,7 @@ class StepReport:
         if self._run.groups.is_replica_writer:
             self._of_rollouts(mine, [group for block in graded for group in block])
             self._of_samples(mine, [sample for minibatch in minibatches for sample in minibatch.samples])
+            self._of_passes(mine, minibatches)
         if torch.cuda.is_available():
             mine.max("perf/max_memory_allocated_gb", torch.cuda.max_memory_allocated() / 1e9)
         everyone: list[tuple[Metrics, tuple[str, ...]]] = [(mine, ())] * dist.get_world_size()
@@ -92,6 +93,13 @@ class StepReport:
     @staticmethod
     def _of_samples(mine: Metrics, samples: Sequence[TrainSample]) -> None:
         mine.distribution("critic/advantages", _flat(sample.advantages[sample.loss_mask] for sample in samples))
+
+    def _of_passes(self, mine: Metrics, minibatches: Sequence[Minibatch]) -> None:
+        """Tokens and model FLOPs of this replica's samples in all forward and backward passes."""
+        samples = [sample for minibatch in minibatches if minibatch.num_tokens for sample in minibatch.samples]
+        lengths = [len(sample.tokens) for sample in samples] * self._run.cfg.rl.inner_epochs
+        mine.sum("perf/train_tokens", sum(lengths))
+        mine.sum("perf/train_flops", self._run.policy.flops.training(lengths))
 
     @staticmethod
     def _of_updates(results: Sequence[StepResult]) -> dict[str, float]:

@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from r1_megatron.telemetry.phases import phase as recorded_phase
+
 
 class Clock:
     """Adds up wall-clock seconds per phase. Phases may nest and repeat; each counts its own full duration.
+
+    A profile records them too (`phases.py`).
 
     The device may still be busy when a phase ends: whoever times a GPU phase synchronises before it closes.
 
@@ -31,7 +35,8 @@ class Clock:
         if self._step_start is None:
             self._step_start = start
         try:
-            yield
+            with recorded_phase(phase):
+                yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - start
 

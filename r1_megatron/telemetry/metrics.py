@@ -19,6 +19,9 @@ Names, where other trainers' dashboards have one, are theirs:
 ``timing_s/{rollout,reward,annotate,train,...}`` seconds; ``timing_s/step`` is the whole step
 ``perf/throughput``                             tokens per second, all ranks together
 ``perf/tokens_per_second_per_gpu``              the same, per rank
+``perf/train_{tokens,flops}``                   tokens and model FLOPs of forward and backward passes, all ranks
+``perf/train_throughput``                       those tokens per second of ``timing_s/train``
+``perf/train_tflops_per_gpu``, ``perf/mfu``     those FLOPs per second and rank, 1e12; share of ``profile.peak_tflops``
 ``perf/max_memory_allocated_gb``                device memory, the largest rank (1e9 bytes)
 ``train/{loss,num_tokens}``                     loss of an update; tokens that carry loss, all ranks together
 ``train/{updates,skipped_updates}``             optimizer steps made; steps passed over for NaN or Inf

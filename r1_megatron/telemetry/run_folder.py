@@ -9,6 +9,7 @@
     tensorboard/       the same metrics             logs/           stderr of every rank
     checkpoints/       weights, optimizer, ...      report.html     the run on one page
     hugging_face/      configuration and tokenizer that every checkpoint takes along for its export
+    profile/           of profiled steps: a trace per rank and a table
     starts/1, 2, ...   of a run that went on: the files of its earlier starts, and the metrics of steps done again
 """
 
@@ -33,6 +34,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 LOGS = "logs"
 CHECKPOINTS = "checkpoints"
+PROFILE = "profile"
 # In every whole checkpoint: what it holds. While one is being written its folder's name ends in PARTIAL.
 CHECKPOINT = "checkpoint.json"
 PARTIAL = ".partial"

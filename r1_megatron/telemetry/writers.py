@@ -127,7 +127,8 @@ def require_wandb() -> None:
 
 class RunLog:
     """Everything a stage says about its run. On ranks other than the writer every call is free and does nothing,
-    except the clock, which runs everywhere so that the caller may reduce its times.
+    except the clock, which runs everywhere so that the caller may reduce its times. ``latest`` holds the numbers of the
+    last step that was written.
 
     Args:
         folder: the run folder, made if absent. It must not hold metrics yet, unless the run is ``resumed``.
@@ -135,6 +136,7 @@ class RunLog:
         is_writer: true on one rank.
         world_size: ranks, for the per-GPU rate.
         num_samples: rollouts kept in ``samples.jsonl`` per call of :meth:`samples`, at most.
+        peak_tflops: what a rank could do at best, for ``perf/mfu``.
         config: the resolved configuration as plain data, for wandb.
         first_step: the step that comes first now; ``resumed``: the files there are this run's, up to that step.
     """
@@ -147,6 +149,7 @@ class RunLog:
         is_writer: bool = True,
         world_size: int = 1,
         num_samples: int = 2,
+        peak_tflops: float | None = None,
         tensorboard: bool = True,
         wandb_project: str | None = None,
         name: str = "run",
@@ -157,9 +160,11 @@ class RunLog:
     ) -> None:
         self.folder = Path(folder)
         self.clock = Clock()
+        self.latest: dict[str, float] = {}
         self._progress = Progress(total_steps, first_step)
         self._is_writer = is_writer
         self._world_size = world_size
+        self._peak_tflops = peak_tflops
         self._num_samples = num_samples
         self._stream = stream
         self._writers: list[Writer] = []
@@ -187,14 +192,21 @@ class RunLog:
         """One finished step: adds ``timing_s/*`` from the clock and the derived ``perf/*``, writes and shows it.
 
         With ``perf/total_num_tokens`` (prompt and response tokens of the step, all ranks) among the metrics the rates
-        are derived from it. ``perf/cpu_memory_used_gb`` is the writer's peak resident set, 1e9 bytes.
+        are derived from it; with ``perf/train_flops`` and ``perf/train_tokens`` (of forward and backward passes, all
+        ranks) those of training. ``perf/cpu_memory_used_gb`` is the writer's peak resident set, 1e9 bytes.
         """
         row = {**metrics, **self.clock.take()}
-        seconds = row.get("timing_s/step", 0.0)
+        seconds, train_seconds = row.get("timing_s/step", 0.0), row.get("timing_s/train", 0.0)
         if "perf/total_num_tokens" in row and seconds > 0:
             row.setdefault("perf/throughput", row["perf/total_num_tokens"] / seconds)
             row.setdefault("perf/tokens_per_second_per_gpu", row["perf/throughput"] / self._world_size)
+        if "perf/train_flops" in row and train_seconds > 0:
+            row["perf/train_throughput"] = row["perf/train_tokens"] / train_seconds
+            row["perf/train_tflops_per_gpu"] = row["perf/train_flops"] / train_seconds / self._world_size / 1e12
+            if self._peak_tflops is not None:
+                row["perf/mfu"] = row["perf/train_tflops_per_gpu"] / self._peak_tflops
         row["perf/cpu_memory_used_gb"] = peak_rss_bytes() / 1e9
+        self.latest = row
         self._record(step, row)
         self.note(self._progress.line(step, row))
 

@@ -26,6 +26,7 @@ from r1_megatron.model.policy_model import PolicyModel
 from r1_megatron.model.routing import all_routers, chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.planner.flops import ModelFlops, model_flops
+from r1_megatron.telemetry.phases import phase
 from r1_megatron.train.optimizer import build_optimizer, ddp_config
 from r1_megatron.train.schedule import Pipeline, finalize_gradients, statistics_pass
 from r1_megatron.train.share import Share, gather_lengths
@@ -101,9 +102,10 @@ class Policy:
 
         Work is spread evenly over the data-parallel ranks, so a rank packs other ranks' samples too. Collective.
         """
-        share = self.share(samples)
-        packing = self._packing(self.routing_shape)
-        return pack_step(share.hand_out(samples), share.plan, num_tokens=num_tokens, **packing)
+        with phase("pack"):
+            share = self.share(samples)
+            packing = self._packing(self.routing_shape)
+            return pack_step(share.hand_out(samples), share.plan, num_tokens=num_tokens, **packing)
 
     def logprobs(self, samples: Sequence[TrainSample], temperature: float, replay: bool = True) -> list[np.ndarray]:
         """Token-aligned log-probabilities of each sample under the training forward, float32, on every rank.
@@ -111,13 +113,14 @@ class Policy:
         Entry ``t`` belongs to the token at ``t + 1``; the last entry is meaningless. With ``replay`` the rollout's
         experts are used where they were recorded. Collective over all ranks.
         """
-        share = self.share(samples)
-        if not replay:
-            samples = [dataclasses.replace(sample, routed_experts=None) for sample in samples]
-        packing = self._packing(self.routing_shape if replay else None)
-        batch = pack_step(share.hand_out(samples), share.plan, num_tokens=0, **packing)
+        with phase("pack"):
+            share = self.share(samples)
+            if not replay:
+                samples = [dataclasses.replace(sample, routed_experts=None) for sample in samples]
+            packing = self._packing(self.routing_shape if replay else None)
+            batch = pack_step(share.hand_out(samples), share.plan, num_tokens=0, **packing)
         self.train_mode()
-        with self.gathered():
+        with phase("logprobs"), self.gathered():
             outputs = statistics_pass(self.pipeline, batch.microbatches, temperature)
         sizes = [microbatch.tokens.shape[1] for microbatch in batch.microbatches]
         flat = torch.zeros(1, sum(sizes), device=self.groups.device)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from r1_megatron.model.parameters import global_parameters
 from r1_megatron.parallel.device import cuda_type_names
 from r1_megatron.rl.loss import is_maximum, mean_metrics, merge_metrics
+from r1_megatron.telemetry.phases import phase
 from r1_megatron.train.objectives import Objective
 from r1_megatron.train.policy import Policy
 from r1_megatron.train.schedule import MicroBatchOutput, train_pass
@@ -45,13 +46,15 @@ def train_step(
     for chunk in policy.wrapped:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    outputs = train_pass(policy.pipeline, batch.microbatches, objective, num_sequences)
-    loss, metrics = _reduce(policy, outputs)
+    with phase("forward_backward"):
+        outputs = train_pass(policy.pipeline, batch.microbatches, objective, num_sequences)
+    with phase("reduce"):
+        loss, metrics = _reduce(policy, outputs)
     scheduler.step(increment=1)
     learning_rate = float(optimizer.param_groups[0]["lr"])
     grad_norm, updated, problem = math.nan, False, ""
     if math.isfinite(loss) and _gradients_are_finite(policy):
-        with cuda_type_names():
+        with phase("optimizer"), cuda_type_names():
             updated, grad_norm, _ = optimizer.step()
     if updated:
         policy.version += 1

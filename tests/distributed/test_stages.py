@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from r1_megatron.config.schema import RewardTermConfig
+from r1_megatron.planner.flops import model_flops
 from r1_megatron.telemetry.run_folder import last_checkpoint
 from tests.distributed.layouts import LAYOUTS, layout, world_size
+from tests.distributed.stage_checks import MODEL
 from tests.rank_pool import RankPool
 from tests.torch_dist import tensors_of
 
@@ -130,6 +132,50 @@ def test_no_layout_changes_the_answer(runs: Runs, options: str, name: str) -> No
 def test_no_way_to_compute_changes_the_answer(runs: Runs, options: str, name: str, reference: str) -> None:
     """Overlapped communication; full recompute, and a multi-token-prediction layer, which GRPO leaves alone."""
     assert_same(runs.grpo(reference, "one"), runs.grpo(options, name))
+
+
+PROFILED = {"profile": {"steps": (2,), "peak_tflops": 0.5}, "train": {"steps": 3}, "rl": {"kl_coef": 0.1}}
+
+
+@pytest.mark.parametrize("name", ["pp2vpp2", "ep2"])
+def test_a_profiled_step(runs: Runs, ranks: RankPool, tmp_path: Path, name: str) -> None:
+    """A trace of every rank and a table, of that step alone; nothing is computed otherwise."""
+    parallel = PARALLEL[name]
+    folder = str(tmp_path / "run")
+    answers = ranks.run(f"{STAGES}:run_grpo", 2, folder=folder, parallel=parallel, sections=PROFILED)
+    _, samples, _ = runs.grpo("plain", "one")
+    assert {**answers[0]["samples"][0], **answers[1]["samples"][0]} == samples[0]
+    profile = tmp_path / "run/profile"
+    assert sorted(path.name for path in profile.iterdir()) == [
+        *("step_2.json", "step_2.txt"),
+        *(f"step_2_rank_{rank}.json.gz" for rank in (0, 1)),
+    ]
+    found = json.loads((profile / "step_2.json").read_text())
+    for rank in found["ranks"]:
+        phases = rank["phases"]
+        assert list(phases) == [
+            *("rollout", "reward", "annotate", "annotate/pack", "annotate/logprobs"),
+            *("train", "train/pack", "train/forward_backward", "train/reduce", "train/optimizer"),
+            *("evaluation", "checkpoint"),
+        ]
+        whole = {path: seconds for path, seconds in phases.items() if "/" not in path}
+        assert 0.5 * rank["step"] < sum(whole.values()) <= rank["step"]
+        for parent in ("annotate", "train"):
+            assert sum(s for path, s in phases.items() if path.startswith(f"{parent}/")) <= phases[parent]
+        assert rank["passes"] == pytest.approx(phases["train/forward_backward"] + phases["annotate/logprobs"])
+        assert 0 <= rank["waiting"] <= rank["passes"]
+        assert 0 < rank["communication"] <= rank["step"]
+        assert ("pipeline: receive" in rank["communication_kinds"]) == (name == "pp2vpp2")
+    # A stage waits for its neighbour; without a pipeline nobody does.
+    assert (found["bubble_share"] > 0) == (name == "pp2vpp2")
+    rows = rows_of(tmp_path / "run")
+    lengths = [len(tokens) for answer in answers for tokens in answer["samples"][1].values()]
+    replicas = 2 if name == "pp2vpp2" else 1  # both ranks of a pipeline report the same samples
+    assert rows[1]["perf/train_tokens"] == sum(lengths) / replicas
+    assert rows[1]["perf/train_flops"] == model_flops(MODEL).training(lengths) / replicas
+    assert found["metrics"]["perf/train_flops"] == rows[1]["perf/train_flops"]
+    assert found["mfu"] == pytest.approx(rows[1]["perf/mfu"])
+    assert "MFU of training" in (profile / "step_2.txt").read_text()
 
 
 def assert_same(expected_run, found_run) -> None:

@@ -45,6 +45,10 @@ CASES = [
     # rewards
     (["data.source=countdown", "tokenizer.kind=countdown"], r"terms.0.function=accuracy cannot read .* Use countdown"),
     (["train.bf16=true"], r"rl.probs_diff_limit=0.001 would stop a bf16 run at once"),
+    # profiles
+    (["profile.steps=[1,900]"], r"profile.steps: \[900\] are not among the steps of the run, 1 to train.steps\(100\)"),
+    (["profile.steps=[1]", "stage=evaluate"], r"profile.steps=\[1\]: stage=evaluate has no steps"),
+    (["profile.peak_tflops=0"], r"profile.peak_tflops=0.0 has to be null or greater than 0"),
     # model
     (["model.qk_pos_emb_head_dim=15"], r"has to be even"),
     (["model.first_k_dense_replace=5"], r"first_k_dense_replace\(5\) exceeds model.num_layers\(4\)"),

@@ -45,6 +45,20 @@ def test_rates_follow_from_tokens_and_the_clock(tmp_path, monkeypatch):
     assert row["timing_s/train"] == row["timing_s/step"] == 2.0
 
 
+def test_rates_of_training(tmp_path, monkeypatch):
+    now = [10.0]
+    log = RunLog(tmp_path, total_steps=5, world_size=4, peak_tflops=2.0, tensorboard=False, stream=io.StringIO())
+    monkeypatch.setattr(log.clock, "_now", lambda: now[0])
+    with log.clock("rollout"):
+        now[0] += 3.0
+    with log.clock("train"):
+        now[0] += 2.0
+    log.write(1, {"perf/train_tokens": 1000, "perf/train_flops": 8e12})
+    log.close()
+    row = _strict((tmp_path / "metrics.jsonl").read_text())
+    assert (row["perf/train_throughput"], row["perf/train_tflops_per_gpu"], row["perf/mfu"]) == (500.0, 1.0, 0.5)
+
+
 def test_samples_keep_any_text_and_at_most_so_many(tmp_path):
     with RunLog(tmp_path, total_steps=1, num_samples=2, tensorboard=False) as log:
         rows = [{"prompt": "两\n<b>", "response": "\u2028", "reward": math.nan, "components": {"x": math.inf}}] * 3
