@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from r1_megatron.config.presets import count_parameters, layer_parameters, mtp_parameters
-from r1_megatron.config.schema import ModelConfig, RunConfig
+from r1_megatron.config.schema import DYNAMIC_TOKENS, ModelConfig, RunConfig, TrainConfig
 from r1_megatron.topology import Chunk, Topology, place_layers
 
 Line = tuple[str, str]
@@ -193,19 +193,20 @@ def _training_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
     sequences = prompts * r.samples_per_prompt
     length = cfg.data.max_prompt_tokens + cfg.sampling.max_new_tokens
     updates = rl.num_minibatches * rl.inner_epochs
-    share = _Share(prompts, topology.dp)
-    per_rank = share.most * r.samples_per_prompt
-    packed = max(1, t.micro_batch_tokens // length)
+    budget = max(length, DYNAMIC_TOKENS) if t.micro_batch_tokens is None else t.micro_batch_tokens
+    multiple = topology.pp if topology.vpp > 1 else 1
+    at_once = max(1, budget // length) * topology.dp * multiple
+    microbatches = -(-sequences // at_once) * multiple
     lines = [
         (
             "minibatches",
             f"{r.prompts_per_step} prompts / {rl.num_minibatches} = {prompts} prompts, {sequences:,} sequences",
         ),
-        ("per dp rank", f"{share.text('prompt')} a minibatch, {per_rank:,} sequences at most"),
         (
             "microbatches",
-            f"up to {t.micro_batch_tokens:,} tokens each: {-(-per_rank // packed):,} per minibatch if all are longest",
+            f"{_budget(t)} each: {microbatches:,} per minibatch if all are longest",
         ),
+        ("per dp rank", f"the sequences are dealt to dp({topology.dp}) by their work"),
         (
             "updates",
             f"{_count(rl.num_minibatches, 'minibatch', 'minibatches')} * {_count(rl.inner_epochs, 'epoch')} = "
@@ -227,13 +228,12 @@ def _training_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
 
 def _sft_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
     rows, steps = cfg.sft.batch_size, cfg.train.steps
-    share = _Share(rows, topology.dp).text("row")
     return [
         (
             "rows",
-            f"{rows} a step, {share} per dp rank; {steps:,} steps make {rows * steps:,}",
+            f"{rows} a step, dealt to dp({topology.dp}) ranks by their work; {steps:,} steps make {rows * steps:,}",
         ),
-        ("microbatches", f"up to {cfg.train.micro_batch_tokens:,} packed tokens each"),
+        ("microbatches", f"{_budget(cfg.train)} each"),
         ("learning rate", _learning_rate(cfg)),
     ]
 
@@ -255,6 +255,12 @@ def _evaluation_lines(cfg: RunConfig) -> list[Line]:
             f"{cfg.sampling.temperature:g}, and greedy",
         )
     ]
+
+
+def _budget(train: TrainConfig) -> str:
+    if train.micro_batch_tokens is None:
+        return f"as many packed tokens as the longest sequence of the step ({DYNAMIC_TOKENS:,} at least)"
+    return f"up to {train.micro_batch_tokens:,} packed tokens"
 
 
 def _learning_rate(cfg: RunConfig) -> str:

@@ -14,6 +14,9 @@ Stage = Literal["grpo", "sft", "evaluate"]
 # Reward functions of ours; others are named by import path.
 REWARD_NAMES = ("accuracy", "countdown", "format")
 
+# The least that a dynamic token budget comes to: products over fewer rows cost more time per token.
+DYNAMIC_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -278,8 +281,9 @@ class TrainConfig:
     # megatron-core's SequentialMLP; "transformer_engine": its GroupedLinear (CUDA, bf16). "auto": transformer_engine
     # where Transformer Engine's layers are used, grouped on the CPU, else sequential.
     moe_experts: Literal["auto", "grouped", "sequential", "transformer_engine"] = "auto"
-    # Tokens packed into one microbatch, at most (a longer sequence gets a microbatch of its own).
-    micro_batch_tokens: int = 2048
+    # Tokens packed into one microbatch, at most (a longer sequence gets a microbatch of its own). null: as many as the
+    # longest sequence of the step has, which needs that memory anyway, but no fewer than DYNAMIC_TOKENS.
+    micro_batch_tokens: int | None = 2048
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None

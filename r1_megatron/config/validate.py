@@ -86,7 +86,7 @@ _AT_LEAST_ONE = {
     "sampling": ("max_new_tokens",),
     "rollout": ("prompts_per_step", "samples_per_prompt", "max_sequences", "max_prefill_tokens"),
     "rl": ("num_minibatches", "inner_epochs"),
-    "train": ("steps", "micro_batch_tokens"),
+    "train": ("steps",),
     "sft": ("batch_size",),
     "evaluate": ("samples_per_prompt",),
 }
@@ -94,7 +94,7 @@ _AT_LEAST_ONE_OR_NULL = {
     "model": ("q_lora_rank", "num_query_groups", "head_dim", "moe_router_num_groups", "moe_router_group_topk"),
     "rollout": ("cache_tokens", "pipeline_groups"),
     "rl": ("reference_refresh_steps",),
-    "train": ("lr_decay_steps", "recompute_num_layers"),
+    "train": ("lr_decay_steps", "micro_batch_tokens", "recompute_num_layers"),
     "checkpoint": ("keep_last",),
 }
 _NOT_NEGATIVE = {

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from r1_megatron.config.schema import DYNAMIC_TOKENS
+
 # A rank's microbatches, each as the indices of its sequences.
 Plan = list[list[int]]
 
@@ -28,7 +30,7 @@ def plan_step(
     lengths: Sequence[int],
     work: Callable[[int], float],
     *,
-    max_tokens: int,
+    max_tokens: int | None,
     num_ranks: int = 1,
     multiple: int = 1,
     lockstep: bool = False,
@@ -38,11 +40,14 @@ def plan_step(
     Args:
         lengths: tokens of each sequence of the step, of all ranks together, in an order that all ranks share.
         work: the cost of a sequence of so many tokens, in any unit; must grow with the length.
+        max_tokens: ``None``: those of the longest sequence, and `DYNAMIC_TOKENS` at least.
         multiple: the pipeline size for megatron-core's interleaved schedule.
         lockstep: ranks wait for each other in every microbatch (an expert-parallel exchange spans them), so that all
             microbatches should be alike. Otherwise they meet once a step and a rank's sum is what counts; its
             microbatches are evened out among themselves.
     """
+    if max_tokens is None:
+        max_tokens = max([DYNAMIC_TOKENS, *lengths])
     assert max_tokens >= 1 and all(length >= 1 for length in lengths), (max_tokens, min(lengths, default=1))
     works = np.array([work(length) for length in lengths], dtype=np.float64)
     count = -(-_fewest(lengths, max_tokens) // (num_ranks * multiple)) * multiple

@@ -3,7 +3,8 @@
     r1-megatron train examples/chain_sum_zero_ep2.yaml
 
 All ranks run this file in step. A step's prompts are cut into ``rl.num_minibatches`` blocks and each block is dealt
-round robin to the data-parallel replicas, so the minibatches are the same under every layout.
+round robin to the data-parallel replicas, so the minibatches are the same under every layout. That is who samples;
+training deals a minibatch's sequences anew, by their work (`data/balance.py`).
 """
 
 from __future__ import annotations

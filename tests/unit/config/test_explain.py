@@ -34,7 +34,7 @@ def test_grpo_on_five_hundred_ranks():
         # 576 * 2 * 4 * 64 * 32768 bytes = 9 * 2**30
         "cache per rank (kv_lora 512 + rope 64) * 2 bytes * 4 layers * 64 sequences * 32,768 tokens = 9.0 GiB at most",
         "minibatches 512 prompts / 16 = 32 prompts, 512 sequences",
-        "per dp rank 1 prompt a minibatch, 16 sequences at most",
+        "per dp rank the sequences are dealt to dp(32) by their work",
         "updates 16 minibatches * 1 epoch = 16 optimizer steps; 512 steps make 8,192",
         "reference KL 0.001 to the starting policy, replaced every 25 steps = 400 updates",
         "ratio of every token, clipped to [-9, 11] (the lower limit never binds), advantages (r - mean) / std, "
@@ -87,12 +87,24 @@ def test_uneven_deals_are_said(tmp_path: Path):
         "per dp rank 2 or 4 prompts, at most 8 samples of 200 tokens",
         "in flight 3 sequences per dp rank (rollout.max_sequences=3)",
         "cache per rank (kv_lora 32 + rope 16) * 4 bytes * 2 layers * 3 sequences * 25 tokens = 28.1 KiB at most",
-        "per dp rank 1 or 2 prompts a minibatch, 4 sequences at most",
-        "microbatches up to 60 tokens each: 2 per minibatch if all are longest",
+        "per dp rank the sequences are dealt to dp(2) by their work",
+        "microbatches up to 60 packed tokens each: 2 per minibatch if all are longest",
         "updates 2 minibatches * 3 epochs = 6 optimizer steps; 100 steps make 600",
         "learning rate 0.0001 after 3 warm-up steps, cosine to 0 over 100 steps",
     ):
         assert expected in lines, explain(cfg)
+
+
+def test_a_dynamic_token_budget(tmp_path: Path):
+    """Two sequences of 1,024 tokens fit into what is the least of a dynamic budget; 192 samples on one rank."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "train: {micro_batch_tokens: null}\ndata: {max_prompt_tokens: 24}\nsampling: {max_new_tokens: 1000}"
+    )
+    text = (
+        "as many packed tokens as the longest sequence of the step (2,048 at least) each: 96 per minibatch if all are"
+    )
+    assert any(text in line for line in lines_of(explain(load_config(path))))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,13 @@ def test_known_answers() -> None:
         plan_step([3, 0], work, max_tokens=10)
 
 
+def test_dynamic_budget() -> None:
+    """What the longest sequence needs is there for all; short sequences fill a microbatch of a useful size."""
+    assert plan_step([3000, 1000, 1000, 1000], lambda n: n, max_tokens=None) == [[[0], [1, 2, 3]]]
+    assert plan_step([300] * 6, work, max_tokens=None) == [[list(range(6))]]
+    assert plan_step([], work, max_tokens=None) == [[[]]]
+
+
 def test_ranks_in_lockstep_meet_in_every_microbatch() -> None:
     """Work 100 and 10 x 10. Apart, a rank may take all short ones; in lockstep, they are spread around the long one."""
     lengths = [100, *[10] * 10]
