@@ -127,6 +127,7 @@ class MicroBatch:
         tokens, labels, position_ids: int64; ``labels[t]`` is the token at ``t + 1`` of the same sequence.
         weights: float32, zero on every padding token and on the last token of every sequence.
         lengths: the packed sequences' lengths, padding included as the last entries; ``sum(lengths) == T``.
+        cu_seqlens: int32 ``[len(lengths) + 1]``, where each of them starts and the last one ends.
         num_tokens: real tokens; ``num_sequences``: real sequences.
         arrays: the other token-aligned arrays by their ``TrainSample`` name, float32 ``[1, T]``, zero where absent.
         routed_experts: int64 ``[T, num_local_moe_layers, topk]`` with distinct experts on padding rows, or ``None``.
@@ -137,6 +138,7 @@ class MicroBatch:
     position_ids: torch.Tensor
     weights: torch.Tensor
     lengths: tuple[int, ...]
+    cu_seqlens: torch.Tensor
     num_tokens: int
     num_sequences: int
     arrays: dict[str, torch.Tensor] = field(default_factory=dict)

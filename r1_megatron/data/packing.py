@@ -70,16 +70,17 @@ def build_microbatch(
         "labels": _packed([np.append(sample.tokens[1:], 0) for sample in samples], total, np.int64),
         "position_ids": np.concatenate([np.arange(length) for length in pieces])[None],
         "weights": _packed([sample.weights for sample in samples], total, np.float32),
+        "cu_seqlens": np.cumsum([0, *pieces], dtype=np.int32),
     }
     routed_experts = None
     if routing_shape is not None:
-        routed_experts = torch.from_numpy(_packed_routing(samples, total, routing_shape)).to(device)
+        routed_experts = _on_device(_packed_routing(samples, total, routing_shape), device)
     return MicroBatch(
-        **{name: torch.from_numpy(array).to(device) for name, array in tensors.items()},
+        **{name: _on_device(array, device) for name, array in tensors.items()},
         lengths=tuple(pieces),
         num_tokens=num_tokens,
         num_sequences=len(samples),
-        arrays={name: torch.from_numpy(array).to(device) for name, array in arrays.items()},
+        arrays={name: _on_device(array, device) for name, array in arrays.items()},
         routed_experts=routed_experts,
     )
 
@@ -105,6 +106,14 @@ def unpack(values: torch.Tensor, batch: MicroBatch) -> list[np.ndarray]:
     """A token-aligned result ``[1, T]`` back to one array per real sequence, in the order they were packed."""
     sequences = torch.split(values[0, : batch.num_tokens].detach().cpu(), batch.lengths[: batch.num_sequences])
     return [sequence.numpy().copy() for sequence in sequences]
+
+
+def _on_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """The array as a tensor there; the host does not wait until it has arrived."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _padding_pieces(padding: int, longest: int) -> list[int]:

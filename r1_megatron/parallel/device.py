@@ -78,6 +78,9 @@ def install_device(kind: DeviceKind) -> torch.device:
             f"megatron-core {found} is installed, but the mends of parallel/device.py were read on "
             f"{MEGATRON_CORE_VERSION}. Install megatron-core=={MEGATRON_CORE_VERSION}."
         )
+    if _installed is None:
+        _packs_without_host_reads()
+        _sorts_by_known_order()
     if kind == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local_rank)
@@ -274,6 +277,72 @@ def _mend_missing_transformer_engine() -> None:
     multi_latent_attention.HAVE_TE = False
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _packs_without_host_reads() -> None:
+    """Rotary embedding and multi-token prediction read a pack's boundaries back from the device, in every layer and for
+    every sequence, and the host waits each time. The same functions without a look at the values.
+
+    A position is always that within its sequence; megatron-core's rotary embedding counts through the whole pack where
+    its table happens to have as many rows as the pack.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import multi_token_prediction
+
+    def rotate(t, cu_seqlens, freqs, cp_group=None, **options):
+        assert cp_group is not None and cp_group.size() == 1, "sequences are not split over ranks"
+        packed = freqs[pack_positions(cu_seqlens, t.shape[0])]
+        return rope_utils._apply_rotary_pos_emb_bshd(t[:, None], packed, **options)[:, 0]
+
+    def roll(tensor, shifts, dims, packed_seq_params, cp_group=None):
+        assert cp_group is None or cp_group.size() == 1, "sequences are not split over ranks"
+        assert shifts == -1 and dims in (-1, tensor.dim() - 1), (shifts, dims)
+        last = packed_seq_params.cu_seqlens_q[1:].long() - 1
+        rolled = tensor.roll(-1, dims=-1).index_fill(-1, last, 0)
+        return rolled, rolled.sum()
+
+    rope_utils._apply_rotary_pos_emb_thd = rotate
+    multi_token_prediction._roll_tensor_packed_seq = roll
+
+
+def _sorts_by_known_order() -> None:
+    """The token dispatcher sorts what it received by expert, in an order that never changes: it is read from the device
+    once and not in every layer, and where one rank has all experts there is nothing to sort and nothing to copy."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    released = token_dispatcher.sort_chunks_by_idxs
+
+    def sort(chunks, split_sizes, sorted_idxs, probs=None, fused=False):
+        order = getattr(sorted_idxs, "order", None)
+        if order is None:
+            order = sorted_idxs.order = sorted_idxs.tolist()
+        if order == sorted(order):
+            return chunks, probs
+        if fused:
+            return released(chunks, split_sizes, sorted_idxs, probs, fused)
+        sizes = split_sizes.tolist()  # on the host already: the dispatcher has waited for it
+
+        def in_order(tensor):
+            parts = tensor.split(sizes)
+            return torch.cat([parts[i] for i in order])
+
+        return in_order(chunks), None if probs is None else in_order(probs)
+
+    token_dispatcher.sort_chunks_by_idxs = sort
+
+
+def pack_positions(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Int32 ``[num_tokens]``: each token's position within its sequence. ``cu_seqlens``: ``[S + 1]`` int32."""
+    return (
+        torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
+        - cu_seqlens[pack_sequences(cu_seqlens, 0, num_tokens)]
+    )
+
+
+def pack_sequences(cu_seqlens: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    """Int64 ``[end - first]``: the sequence that each of these tokens of a pack belongs to."""
+    tokens = torch.arange(first, end, dtype=torch.int32, device=cu_seqlens.device)
+    return torch.bucketize(tokens, cu_seqlens[1:], right=True)
 
 
 def _splits_on_host() -> None:

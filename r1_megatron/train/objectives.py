@@ -49,7 +49,7 @@ class PolicyObjective:
     def head(self, batch: MicroBatch) -> Head:
         options = policy_options(self.rl)
         asked = {"temperature": self.temperature, "need_entropy": self.need_entropy or options.entropy_coef != 0}
-        boundaries = None if options.is_token_wise else cu_seqlens(batch)
+        boundaries = None if options.is_token_wise else batch.cu_seqlens
 
         def head(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, **shard: Any) -> tuple[Tensor, Metrics]:
             dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
@@ -109,9 +109,3 @@ def annotation(temperature: float) -> Head:
         return logprobs_T[None]
 
     return head
-
-
-def cu_seqlens(batch: MicroBatch) -> Tensor:
-    """``[S + 1]`` int32, where each packed sequence starts; padding sequences are the last ones."""
-    ends = torch.tensor((0, *batch.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return ends.to(batch.tokens.device)

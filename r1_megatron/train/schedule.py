@@ -20,8 +20,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from r1_megatron.model.policy_model import Head, PolicyModel
 from r1_megatron.model.routing import RoutingPlan, all_routers
+from r1_megatron.parallel.device import pack_sequences
 from r1_megatron.parallel.groups import ProcessGroups
-from r1_megatron.train.objectives import Metrics, Objective, annotation, cu_seqlens
+from r1_megatron.train.objectives import Metrics, Objective, annotation
 from r1_megatron.types import MicroBatch
 
 
@@ -128,8 +129,7 @@ def _run(
 
 def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
     """The pack's boundaries for attention and rotary embedding; ``lengths`` keeps them as Python integers too."""
-    boundaries = cu_seqlens(batch)
-    longest = max(batch.lengths)
+    boundaries, longest = batch.cu_seqlens, max(batch.lengths)
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries,
@@ -147,13 +147,11 @@ def routing_plan(batch: MicroBatch, groups: ProcessGroups, num_sequences: int, f
     rows = total // groups.topology.tp
     first = groups.tp_rank * rows
     real = min(max(batch.num_tokens - first, 0), rows)
-    lengths = torch.tensor(batch.lengths[: batch.num_sequences], dtype=torch.long)
-    sequence_ids = torch.repeat_interleave(torch.arange(batch.num_sequences), lengths)[first : first + real]
     experts = None if batch.routed_experts is None else batch.routed_experts[first : first + rows]
     return RoutingPlan(
         num_tokens=real,
-        sequence_ids=sequence_ids.to(batch.tokens.device),
-        sequence_lengths=lengths.to(batch.tokens.device),
+        sequence_ids=pack_sequences(batch.cu_seqlens, first, first + real),
+        sequence_lengths=batch.cu_seqlens.diff()[: batch.num_sequences].long(),
         aux_loss_scale=1.0 / num_sequences if num_sequences else 0.0,
         experts=experts,
         for_backward=for_backward,

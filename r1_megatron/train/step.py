@@ -79,10 +79,10 @@ def _gradients_are_finite(policy: Policy) -> bool:
     """megatron-core's plain fp32 optimizer never looks for NaN and Inf; the others do so themselves."""
     if policy.cfg.train.use_distributed_optimizer or policy.cfg.train.bf16:
         return True
-    bad = _first_bad(policy, lambda tensor: tensor.main_grad) is not None
-    anywhere = torch.tensor([int(bad)], device=policy.groups.device)
-    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
-    return not anywhere.item()
+    gradients = [p.tensor.main_grad for chunk in policy.chunks for p in global_parameters(chunk, policy.groups)]
+    finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all().int()
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite.item())
 
 
 def _selection_biases(policy: Policy) -> list[torch.Tensor]:
@@ -114,8 +114,8 @@ def _reduce(policy: Policy, outputs: list[MicroBatchOutput]) -> tuple[float, dic
     if groups.topology.pp > 1:
         dist.broadcast(values, src=groups.pipeline_ranks[-1], group=groups.pp)
         dist.broadcast(tops, src=groups.pipeline_ranks[-1], group=groups.pp)
-    reduced = dict(zip(sums, values[1:].tolist())) | dict(zip(maxima, tops.tolist()))
-    return values[0].item(), mean_metrics(reduced)
+    loss, *reduced = torch.cat([values, tops]).tolist()
+    return loss, mean_metrics(dict(zip([*sums, *maxima], reduced)))
 
 
 def _diagnose(policy: Policy, batch: StepBatch, objective: Objective, num_sequences: int, loss: float) -> str:
@@ -165,6 +165,7 @@ def _silent(microbatch: MicroBatch) -> MicroBatch:
         position_ids=microbatch.position_ids,
         weights=torch.zeros_like(microbatch.weights),
         lengths=microbatch.lengths,
+        cu_seqlens=microbatch.cu_seqlens,
         num_tokens=microbatch.num_tokens,
         num_sequences=microbatch.num_sequences,
         arrays={name: torch.zeros_like(array) for name, array in microbatch.arrays.items()},

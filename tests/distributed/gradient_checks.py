@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
 from r1_megatron.data.balance import Plan
 from r1_megatron.data.packing import pack_step
@@ -15,7 +18,7 @@ from r1_megatron.model.routing import all_routers
 from r1_megatron.planner.flops import model_flops
 from r1_megatron.train.objectives import PolicyObjective
 from r1_megatron.train.policy import Policy
-from r1_megatron.train.schedule import packed_sequences, statistics_pass
+from r1_megatron.train.schedule import packed_sequences, statistics_pass, train_pass
 from r1_megatron.types import TrainSample
 from tests.distributed.train_bench import (
     NORMAL,
@@ -263,6 +266,48 @@ def bf16(bench: Bench) -> Answer:
     return answer
 
 
+class HostReads(TorchFunctionMode):
+    """Notes where a tensor's values are asked for by the host, which on a GPU waits for the device each time."""
+
+    ASKING = (
+        "item",
+        "tolist",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "masked_select",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in self.ASKING:
+            callers = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
+            self.places.add(f"{Path(callers[-1].filename).stem}.{callers[-1].name}")
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(bench: Bench) -> Answer:
+    """Where one pass of training and one of annotation ask for values, with everything there is: multi-token
+    prediction, the auxiliary loss, replayed experts."""
+    policy = bench.policy(bench.config(replace(TINY_MTP, moe_aux_loss_coeff=0.1), replay=True), "mtp")
+    samples = bench.mine(bench.samples(bench.references["replay"]["routing"], _moe_columns(policy)))
+    batch = policy.pack(samples, 1)
+    policy.train_mode()
+    train_pass(policy.pipeline, batch.microbatches, WEIGHTED_NLL, 16)  # what is read once is read now
+    with HostReads() as reads:
+        train_pass(policy.pipeline, batch.microbatches, WEIGHTED_NLL, 16)
+        statistics_pass(policy.pipeline, batch.microbatches, 1.0)
+    return {"places": sorted(reads.places)}
+
+
 def _moe_columns(policy: Policy) -> list[int]:
     """Which MoE layers of the model this rank's routers are, in the order of ``Rollout.routed_experts``."""
     dense = policy.cfg.model.first_k_dense_replace
@@ -279,6 +324,7 @@ CHECKS = (
     sequential_experts,
     one_rank_has_no_sample,
     balance,
+    host_reads,
     rope,
     full_rank_query,
     tied_embeddings,

@@ -39,6 +39,7 @@ def microbatch(vocab: int, generator: torch.Generator) -> MicroBatch:
         position_ids=tokens,
         weights=mask * torch.rand(1, total, generator=generator),
         lengths=LENGTHS,
+        cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32),
         num_tokens=total - LENGTHS[-1],
         num_sequences=len(LENGTHS) - 1,
         arrays={

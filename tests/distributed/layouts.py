@@ -49,6 +49,7 @@ LAYOUTS["pp2_string"] = replace(layout(pp=2), pipeline_model_parallel_layout="Et
 PLAN = {
     "one": (
         "gradients",
+        "host_reads",
         "rope",
         "full_rank_query",
         "sequential_experts",
@@ -74,6 +75,7 @@ PLAN = {
     "dp2": (
         "gradients",
         "balance",
+        "host_reads",
         "one_rank_has_no_sample",
         "aux_loss",
         "packing",
@@ -85,6 +87,7 @@ PLAN = {
     ),
     "tp2": (
         "gradients",
+        "host_reads",
         "tied_embeddings",
         "mtp",
         "mtp_recomputed",
@@ -99,6 +102,7 @@ PLAN = {
     ),
     "pp2": (
         "gradients",
+        "host_reads",
         "tied_embeddings",
         "mtp",
         "mtp_left_alone",
@@ -123,6 +127,7 @@ PLAN = {
     "ep2": (
         "gradients",
         "balance",
+        "host_reads",
         "one_rank_has_no_sample",
         "aux_loss",
         "recompute",

@@ -120,6 +120,19 @@ def test_balanced_equals_unbalanced(measured: Measured, layout: str) -> None:
     assert len({len(answer["work"]) for answer in answers}) == 1
 
 
+@layouts("host_reads")
+def test_the_host_does_not_wait_in_a_pass(measured: Measured, layout: str) -> None:
+    """What is left is megatron-core's: the unfused permutation selects by a mask, the dispatcher's split sizes have to
+    be on the host for an exchange (it waits once a layer), and pipeline stages tell each other shapes."""
+    expected = {"moe_utils.permute"}
+    if layout == "ep2":
+        expected |= {"device.sort", "device.to_host"}
+    if layout == "pp2":
+        expected |= {"p2p_communication._communicate_shapes"}
+    for answer in measured(layout, "host_reads"):
+        assert set(answer["places"]) == expected
+
+
 @layouts("logprobs")
 def test_logprobs_of_policy_and_reference(measured: Measured, layout: str) -> None:
     """At temperature 0.7; the policy is bit-unchanged after another's weights were swapped in and out."""

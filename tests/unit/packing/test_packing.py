@@ -61,6 +61,7 @@ def test_microbatch_invariants(seed, multiple):
         assert np.array_equal(batch.routed_experts[rows][:-1].numpy(), s.routed_experts.astype(np.int64))
         # 3. labels
         assert batch.labels[0, rows].tolist() == [*s.tokens[1:].tolist(), 0]
+    assert torch.equal(batch.cu_seqlens, torch.from_numpy(starts).int()) and batch.cu_seqlens.dtype == torch.int32
     # 2. length
     assert sum(lengths) == T and T % multiple == 0 and T - real < multiple
     # 4. positions

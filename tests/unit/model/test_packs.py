@@ -1,0 +1,59 @@
+"""What stands in for megatron-core's functions on packs answers what they answer, bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from r1_megatron.parallel.device import install_device, pack_positions, pack_sequences
+
+LENGTHS = (5, 1, 9, 3)
+CU_SEQLENS = torch.tensor([0, 5, 6, 15, 18], dtype=torch.int32)
+ONE_RANK = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+
+
+def as_released(module: str) -> ModuleType:
+    """A second copy of a module, which nobody has mended."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def test_positions() -> None:
+    assert pack_positions(CU_SEQLENS, 18).tolist() == [i for length in LENGTHS for i in range(length)]
+    whole = [i for i, length in enumerate(LENGTHS) for _ in range(length)]
+    assert pack_sequences(CU_SEQLENS, 0, 18).tolist() == whole
+    assert pack_sequences(CU_SEQLENS, 4, 16).tolist() == whole[4:16]
+    assert pack_sequences(CU_SEQLENS, 3, 3).tolist() == []
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_rotary_embedding(latent: bool) -> None:
+    install_device("cpu")
+    from megatron.core.models.common.embeddings import rope_utils
+
+    name = "megatron.core.models.common.embeddings.rope_utils"
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(18, 2, 8, generator=generator)
+    angles = torch.randn(12, 1, 1, 8, generator=generator)
+    options = {"multi_latent_attention": latent, "mscale": 1.3, "cp_group": ONE_RANK}
+    expected = as_released(name)._apply_rotary_pos_emb_thd(tokens, CU_SEQLENS, angles, **options)
+    assert torch.equal(rope_utils._apply_rotary_pos_emb_thd(tokens, CU_SEQLENS, angles, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_rolling(dtype: torch.dtype) -> None:
+    install_device("cpu")
+    from megatron.core.transformer import multi_token_prediction
+
+    name = "megatron.core.transformer.multi_token_prediction"
+    tensor = torch.arange(1, 19).to(dtype)[None]
+    params = SimpleNamespace(cu_seqlens_q=CU_SEQLENS)
+    expected, total = as_released(name)._roll_tensor_packed_seq(tensor, -1, -1, params)
+    found = multi_token_prediction.roll_tensor(tensor, packed_seq_params=params)
+    assert torch.equal(found[0], expected) and found[1] == total
