@@ -37,6 +37,7 @@ _FREE = (
     "train.recompute_method",
     "train.recompute_num_layers",
     "train.recompute_modules",
+    "train.offload",
     "train.on_nonfinite",
 )
 

@@ -288,6 +288,9 @@ class TrainConfig:
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
     recompute_modules: tuple[str, ...] = ()
+    # While sequences are sampled, optimizer states, master weights and the reference policy wait in pinned host memory
+    # (as much of it as they have on the GPU), and gradient buffers are given up: room for the rollout. CUDA only.
+    offload: bool = False
     # Gradient with NaN or Inf: end the run and name the parameter, or skip the step and go on.
     on_nonfinite: Literal["stop", "skip"] = "stop"
 

@@ -20,8 +20,8 @@ from r1_megatron.topology import validate as parallel_problems
 
 # megatron-core's list (TransformerConfig.recompute_modules).
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
-# Names that megatron-core 0.16.1 only defines with Transformer Engine, or that need its grouped expert kernels.
-RECOMPUTE_MODULES_CUDA = ("core_attn", "layernorm")
+# What megatron-core 0.16.1 recomputes by a function that it only has with Transformer Engine.
+RECOMPUTE_MODULES_CUDA = ("layernorm",)
 # Names of parts that dense students do not have.
 RECOMPUTE_MODULES_DEEPSEEK = ("mla_up_proj", "moe", "moe_act", "shared_experts")
 PROCEDURAL = ("chain_sum", "countdown")
@@ -51,6 +51,7 @@ def validate_config(cfg: RunConfig, world_size: int | None = None, check_files: 
         *_reward(cfg),
         *_rl(cfg),
         *_optimizer(cfg),
+        *_offload(cfg),
         *_recompute(cfg),
         *_experts(cfg),
         *_data(cfg),
@@ -329,6 +330,13 @@ def _optimizer(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def _offload(cfg: RunConfig) -> Iterator[str]:
+    if cfg.train.offload and cfg.parallel.device == "cpu":
+        yield (
+            "train.offload=true moves memory from a GPU to the host, but parallel.device=cpu. Set train.offload=false."
+        )
+
+
 def _recompute(cfg: RunConfig) -> Iterator[str]:
     """megatron-core's rules for activation recomputation."""
     t = cfg.train
@@ -368,14 +376,14 @@ def _recompute(cfg: RunConfig) -> Iterator[str]:
             if foreign:
                 yield (
                     f"train.recompute_modules: {foreign} belong to experts and latent attention, which "
-                    f"model.architecture={cfg.model.architecture} has not. On every device there is: mlp."
+                    f"model.architecture={cfg.model.architecture} has not. On every device there are: core_attn, mlp."
                 )
         needs_cuda = [name for name in t.recompute_modules if name in RECOMPUTE_MODULES_CUDA]
         if needs_cuda and not (cfg.parallel.device == "cuda" and t.bf16):
             yield (
                 f"train.recompute_modules: {needs_cuda} need Transformer Engine's layers, so parallel.device=cuda, "
                 f"which is {cfg.parallel.device}, and train.bf16=true, which is {_yaml(t.bf16)}. Elsewhere use "
-                "mla_up_proj, mlp, moe, moe_act, shared_experts."
+                "core_attn, mla_up_proj, mlp, moe, moe_act, shared_experts."
             )
 
 

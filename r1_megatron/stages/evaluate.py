@@ -85,7 +85,7 @@ def num_right(group: GradedGroup) -> int:
 
 def _accuracy(run: Run, name: str, sampling: SamplingConfig, samples: int) -> dict[str, float]:
     mine = list(run.held_out[: run.cfg.evaluate.num_prompts])[run.groups.dp_rank :: run.groups.topology.dp]
-    with run.policy.gathered():
+    with run.policy.sampling():
         rollouts = run.engine.generate(
             mine, samples, sampling, seed=run.cfg.seed + _SEED_OFFSET, policy_version=run.policy.version
         )

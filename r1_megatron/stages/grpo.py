@@ -86,7 +86,7 @@ def generate(run: Run, prompts: Sequence[Prompt], blocks: Sequence[Sequence[Prom
         RolloutStopped: a rank was asked to end.
     """
     flat = [prompt for block in blocks for prompt in block]
-    with run.policy.gathered():
+    with run.policy.sampling():
         rollouts = run.engine.generate(
             flat,
             run.cfg.rollout.samples_per_prompt,

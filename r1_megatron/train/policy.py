@@ -27,6 +27,7 @@ from r1_megatron.model.routing import all_routers, chunk_routers
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.planner.flops import ModelFlops, model_flops
 from r1_megatron.telemetry.phases import phase
+from r1_megatron.train.offload import HostShelf
 from r1_megatron.train.optimizer import build_optimizer, ddp_config
 from r1_megatron.train.schedule import Pipeline, finalize_gradients, statistics_pass
 from r1_megatron.train.share import Share, gather_lengths
@@ -56,6 +57,7 @@ class Policy:
     version: int = 0
     reference: Weights | None = field(default=None, repr=False)
     _gathered_depth: int = 0
+    _shelf: HostShelf = field(default_factory=HostShelf, repr=False)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -96,6 +98,42 @@ class Policy:
             if hooked and self._gathered_depth == 0:
                 for chunk in self.wrapped:
                     chunk.enable_forward_pre_hook()
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Within: the chunks can generate. With ``train.offload``, what only training needs is on the host."""
+        offloads = self.cfg.train.offload and self.optimizer is not None
+        with self.gathered(), self.offloaded() if offloads else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def offloaded(self) -> Iterator[None]:
+        """Within: optimizer states, master weights and the reference policy wait on the host; gradients are dropped."""
+        for chunk in self.wrapped:
+            chunk.offload_grad_buffers()
+        try:
+            with self._shelf.holding(self._only_for_training()):
+                yield
+        finally:
+            for chunk in self.wrapped:
+                chunk.restore_grad_buffers()
+
+    def _only_for_training(self) -> list[torch.Tensor]:
+        """Tensors that share no memory with the chunks. In fp32 the master weights are the parameters."""
+        weights = [tensor for chunk in self.chunks for _, tensor in _tensors(chunk)]
+        tensors = [tensor for chunk in self.reference or () for tensor in chunk.values()]
+        for optimizer in getattr(self.optimizer, "chained_optimizers", ()):
+            if optimizer.is_stub_optimizer:
+                continue
+            inner = optimizer.optimizer
+            tensors += [parameter for group in inner.param_groups for parameter in group["params"]]
+            tensors += [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
+        shared = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        return [
+            tensor
+            for tensor in tensors
+            if tensor.device == self.groups.device and tensor.untyped_storage().data_ptr() not in shared
+        ]
 
     def pack(self, samples: Sequence[TrainSample], num_tokens: int) -> StepBatch:
         """The microbatches of one optimizer step for this rank; ``samples`` are those that lie on it.
@@ -190,6 +228,11 @@ def build_policy(cfg: RunConfig, groups: ProcessGroups, chunks: list[PolicyModel
 
     ``chunks`` may be given with their weights already loaded.
     """
+    if cfg.train.offload and groups.device.type == "cpu":
+        raise ValueError(
+            "train.offload=true moves memory from a GPU to the host, but this run is on the CPU. "
+            "Set train.offload=false."
+        )
     chunks = build_model(cfg, groups) if chunks is None else chunks
     config = chunks[0].config
     inner = [_in_bf16(config, chunk) if cfg.train.bf16 else chunk for chunk in chunks]

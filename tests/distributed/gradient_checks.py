@@ -136,6 +136,8 @@ def recompute(bench: Bench) -> Answer:
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
         "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ("moe", "mla_up_proj")},
+        "parts": {"recompute_granularity": "selective", "recompute_modules": ("mlp", "shared_experts", "moe_act")},
+        "core_attn": {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)},
     }.items():
         policy = bench.policy(bench.config(TINY_AUX, replace(NORMAL, **options)))
         answers[name] = gradients_of(policy, bench.mine(bench.samples()), bench.references["aux"])

@@ -48,6 +48,7 @@ LAYOUTS["pp2_string"] = replace(layout(pp=2), pipeline_model_parallel_layout="Et
 # Which checks of train_checks.py run on which layout: the gradients everywhere, the rest where it could break.
 PLAN = {
     "one": (
+        "offload",
         "gradients",
         "host_reads",
         "rope",
@@ -73,6 +74,7 @@ PLAN = {
         "bf16",
     ),
     "dp2": (
+        "offload",
         "gradients",
         "balance",
         "host_reads",

@@ -90,7 +90,7 @@ def test_sequence_wise_balance_loss(measured: Measured, layout: str) -> None:
 def test_recomputation(measured: Measured, layout: str) -> None:
     answers = measured(layout, "recompute")
     assert_exact(answers)
-    assert answers[0]["ways"] == 3
+    assert answers[0]["ways"] == 5
 
 
 @layouts("packing")
@@ -183,6 +183,16 @@ def test_optimizer_trajectory(measured: Measured, layout: str, check: str) -> No
         assert answer["loss_error"] <= 1e-5
         assert answer["norm_error"] <= 1e-5
         assert answer["weight_error"] <= 1e-3, answer["name"]
+
+
+@layouts("offload")
+def test_offload_between_phases(measured: Measured, layout: str) -> None:
+    for answer in measured(layout, "offload"):
+        assert answer["bf16_same"] and answer["fp32_same"]
+        # The reference, and two moments of every parameter of this rank's share; in bf16 master weights, too.
+        dp = 2 if layout == "dp2" else 1
+        assert answer["fp32_freed"] >= (4 + 8 / dp) * answer["parameters"]
+        assert answer["bf16_freed"] >= (2 + 12 / dp) * answer["parameters"]
 
 
 def test_learning_rate(measured: Measured) -> None:

@@ -87,7 +87,7 @@ def test_training(ranks: RankPool, references: str, name: str) -> None:
 
 def test_training_of_a_student_with_recomputation(ranks: RankPool, references: str) -> None:
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    selective = {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
+    selective = {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")}
     for options in (full, selective):
         answers = ranks.run(
             "tests.distributed.variant_checks:training",
