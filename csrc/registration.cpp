@@ -5,6 +5,7 @@
 #include "draw/op.h"
 #include "grouped_gemm/op.h"
 #include "latent/op.h"
+#include "linear_rows/op.h"
 #include "mixture/op.h"
 #include "paged_attention/op.h"
 #include "policy_loss/op.h"
@@ -42,6 +43,7 @@ STABLE_TORCH_LIBRARY_IMPL(r1_megatron, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm_cpu));
   m.impl("latent_query", TORCH_BOX(&latent_query_cpu));
   m.impl("latent_values", TORCH_BOX(&latent_values_cpu));
+  m.impl("linear_rows", TORCH_BOX(&linear_rows_cpu));
   m.impl("draw_tokens", TORCH_BOX(&draw_tokens_cpu));
 }
 

@@ -37,6 +37,7 @@ from r1_megatron.kernels import (
     latent_query,
     latent_values,
     library,
+    linear_rows,
     mixture_of_experts,
     paged_attention,
     rms_norm,
@@ -424,6 +425,21 @@ def decode_norm(small: bool) -> Case:
     )
 
 
+def decode_linear(small: bool, columns: int, depth: int) -> Case:
+    """A linear layer of a decode step."""
+    generator = torch.Generator().manual_seed(10)
+    x_TK = torch.randn(4 if small else 64, depth, generator=generator)
+    weight_NK = torch.randn(columns, depth, generator=generator)
+    return Case(
+        f"decode linear: T={len(x_TK)} N={columns} K={depth} fp32",
+        {
+            "ours": Candidate(lambda: (linear_rows(x_TK, weight_NK),)),
+            "torch F.linear": Candidate(lambda: (F.linear(x_TK, weight_NK),)),
+        },
+        flops=2 * len(x_TK) * columns * depth,
+    )
+
+
 def decode_draw(small: bool) -> Case:
     """A token a row, one vocabulary shard: the noise and both normalisers."""
     from r1_megatron.rollout.sampler import gumbel_from_bits, position_keys, uniform_bits
@@ -464,6 +480,9 @@ CASES |= {
     "decode latent": decode_latent,
     "decode norm": decode_norm,
     "decode draw": decode_draw,
+    "decode linear 256": functools.partial(decode_linear, columns=256, depth=256),
+    "decode linear 1024": functools.partial(decode_linear, columns=1024, depth=256),
+    "decode linear 384": functools.partial(decode_linear, columns=384, depth=96),
 }
 for _dtype in DTYPE_NAMES:
     for _tokens in (32, 64):

@@ -1,6 +1,6 @@
 #include "latent/cpu.h"
 
-#include "common/dot_tile.h"
+#include "common/multiply_rows.h"
 #include "common/rms_norm.h"
 #include "common/vector_math.h"
 
@@ -26,15 +26,6 @@ inline float value(Bfloat16 x) {
   float real;
   __builtin_memcpy(&real, &bits, sizeof real);
   return real;
-}
-
-// At most a vector of them.
-template <class T>
-inline void store_numbers(const Real<T>* from, int64_t count, T* to) {
-  if constexpr (std::is_same_v<T, Real<T>>)
-    __builtin_memcpy(to, from, count * sizeof(T));
-  else
-    store_first(to, count, load_first(from, count, 0));
 }
 
 // Pairs (2i, 2i + 1) in, halves out.

@@ -164,6 +164,16 @@ def latent_values(mixed_THR: Tensor, up_HAR: Tensor, value_width: int) -> Tensor
     return ops.latent_values(mixed_THR, up_HAR, value_width)
 
 
+def linear_rows(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """``x @ weight.T`` for the few rows of a decode step: ``[T, N]`` in the dtype of x.
+
+    The weight is read once and not packed, and a row's bits depend on the row alone, which a general product does not
+    promise. Sums are float32 (float64 for float64). The rows of x may stand apart (a slice of columns).
+    """
+    _refuse_gradient("linear_rows", x_TK, weight_NK)
+    return ops.linear_rows(x_TK, weight_NK)
+
+
 def draw_tokens(logits_BV: Tensor, keys_B: Tensor, vocab_start: int, vocab_size: int, temperature: float) -> Tensor:
     """One vocabulary shard's part of Gumbel-max sampling without truncation: float64 ``[B, 5]``.
 

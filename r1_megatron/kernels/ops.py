@@ -79,11 +79,14 @@ _SCHEMAS = (
     "latent_query(Tensor query, Tensor latent, Tensor up, Tensor norm_weight, Tensor cos, Tensor sin, float eps,"
     " Tensor(a!) cache, Tensor cache_rows) -> Tensor",
     "latent_values(Tensor mixed, Tensor up, int value_width) -> Tensor",
+    "linear_rows(Tensor x, Tensor weight) -> Tensor",
     "draw_tokens(Tensor logits, Tensor keys, int vocab_start, int vocab_size, float temperature) -> Tensor",
 )
 NAMES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
 # Those that csrc has for the CPU only: on CUDA their plain form runs.
-CPU_ONLY = frozenset(("route_tokens", "mixture_of_experts", "rms_norm", "latent_query", "latent_values", "draw_tokens"))
+CPU_ONLY = frozenset(
+    ("route_tokens", "mixture_of_experts", "rms_norm", "latent_query", "latent_values", "linear_rows", "draw_tokens")
+)
 
 _library = torch.library.Library("r1_megatron", "DEF")
 for _schema, _name in zip(_SCHEMAS, NAMES):
@@ -175,6 +178,11 @@ def _(query, latent, up, norm_weight, cos, sin, eps, cache, cache_rows):
 @torch.library.register_fake("r1_megatron::latent_values", lib=_library)
 def _(mixed, up, value_width):
     return mixed.new_empty(mixed.shape[0], mixed.shape[1] * value_width)
+
+
+@torch.library.register_fake("r1_megatron::linear_rows", lib=_library)
+def _(x, weight):
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.register_fake("r1_megatron::draw_tokens", lib=_library)

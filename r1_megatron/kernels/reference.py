@@ -289,6 +289,10 @@ def latent_values(mixed: Tensor, up: Tensor, value_width: int) -> Tensor:
     return torch.einsum("thr,hvr->thv", mixed_THR, up_HAR[:, -value_width:]).flatten(1).to(mixed.dtype)
 
 
+def linear_rows(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
 def draw_tokens(logits: Tensor, keys: Tensor, vocab_start: int, vocab_size: int, temperature: float) -> Tensor:
     z_BV = logits.float()
     if temperature not in (0, 1):

@@ -16,6 +16,7 @@ from r1_megatron.kernels import (
     latent_query,
     latent_values,
     library,
+    linear_rows,
     mixture_of_experts,
     reference,
     rms_norm,
@@ -193,6 +194,22 @@ def test_norm_equals_float64(rows, width, dtype):
     normed, same = rms_norm(wide[:, 2 : 2 + width], weight, 1e-6)
     assert same.data_ptr() == wide[:, 2:].data_ptr()
     assert_close(normed, F.rms_norm(wide[:, 2 : 2 + width].double(), (width,), weight.double(), 1e-6), dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layer.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns, depth", [(64, 96, 256), (130, 33, 70), (1, 1, 1), (3, 17, 5), (0, 8, 8)])
+def test_linear_equals_float64_and_rows_have_the_same_bits_in_any_company(rows, columns, depth, dtype):
+    x, weight = randn(rows, depth + 3, dtype=dtype)[:, 2 : 2 + depth], randn(columns, depth, dtype=dtype, seed=1)
+    whole = linear_rows(x, weight)
+    assert_close(whole, x.double() @ weight.double().T, dtype)
+    if library.load().loaded:
+        for part in (slice(0, 1), slice(rows // 3, rows), slice(rows // 2, rows // 2 + 3)):
+            assert torch.equal(linear_rows(x[part], weight), whole[part])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,7 +398,8 @@ def test_the_number_of_threads_changes_nothing():
         return [
             mixture_of_experts(*mixture(*MIXTURES[0], torch.float32)), gates, chosen,
             rms_norm(randn(500, 256), randn(256), 1e-6)[0], latent_query(**given), given["cache"].nan_to_num(),
-            latent_values(randn(200, 8, 64), given["up_HAR"], 32), draw_tokens(randn(40, 999), keys(40), 0, 999, 1.0),
+            latent_values(randn(200, 8, 64), given["up_HAR"], 32), linear_rows(randn(99, 256), randn(70, 256)),
+            draw_tokens(randn(40, 999), keys(40), 0, 999, 1.0),
         ]  # fmt: skip
 
     results, before = [], torch.get_num_threads()
@@ -410,6 +428,7 @@ def test_the_number_of_threads_changes_nothing():
         (lambda: experts_with(w2=torch.zeros(3, 4, 5).double()), r"have the dtype of x \(float32\), got .* float64"),
         (lambda: rms_norm(torch.zeros(4, 3).mT, torch.zeros(4), 1e-6), r"the rows of x .* must be contiguous"),
         (lambda: rms_norm(torch.zeros(4, 3), torch.zeros(3).double(), 1e-6), r"dtype of x \(float32\), got \[3\]"),
+        (lambda: linear_rows(torch.zeros(2, 3), torch.zeros(4, 5)), r"weight must be \[\*, 3\], got \[4, 5\] float32"),
         (lambda: latent_with(cos_TP=torch.zeros(7, 4)), r"query must be .* P = 8 rotary .* got \[7, 3, 7\]"),
         (lambda: latent_with(cache_rows=torch.tensor([0, 36])), r"cache_rows\[1\] = 36, but the cache has 36 rows"),
         (lambda: latent_with(cache_rows=torch.arange(8)), r"must be at most the 7 rows of query, got \[8\]"),
@@ -440,6 +459,7 @@ def test_schemas_and_fake_implementations_are_true():
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(ops.mixture_of_experts.default, mixture(*MIXTURES[3], dtype))
         x, weight = randn(3, 7, dtype=dtype), randn(7, dtype=dtype)
+        torch.library.opcheck(ops.linear_rows.default, (x, randn(5, 7, dtype=dtype)))
         torch.library.opcheck(ops.rms_norm.default, (x, weight, 1e-6, None))
         torch.library.opcheck(ops.rms_norm.default, (x, weight, 1e-6, x))
         given = latent(*LATENTS[2], dtype)
