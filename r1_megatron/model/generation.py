@@ -9,8 +9,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
+
+from r1_megatron.kernels.decode import linear_rows
+
+# Up to here linear_rows is the faster one: BENCHMARKS.md, decode steps, float32.
+_FEW_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,14 @@ def rotary_tables(
     angles, factor = answer if isinstance(answer, tuple) else (answer, 1.0)
     angles = angles[:, 0, :, : channels // 2]
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+def project(rows_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+    """``rows @ weight.T + bias``, ``[T, N]``; for the few rows of a decode step by the operator made for them."""
+    if len(rows_TK) > _FEW_ROWS or rows_TK.is_cuda or rows_TK.dtype != torch.float32:
+        return F.linear(rows_TK, weight_NK, bias_N)
+    projected_TN = linear_rows(rows_TK, weight_NK)
+    return projected_TN if bias_N is None else projected_TN.add_(bias_N)
 
 
 def gather_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

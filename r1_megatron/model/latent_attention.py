@@ -28,7 +28,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from r1_megatron.kernels.decode import latent_query, latent_values, paged_attention, rms_norm
-from r1_megatron.model.generation import StepContext, gather_rows, rotary_tables
+from r1_megatron.model.generation import StepContext, gather_rows, project, rotary_tables
 from r1_megatron.model.transformer import output_projection_with_bias
 
 # Of the norms of the low-rank query and of the latent, whatever the model's own (DeepSeek's and Transformers' modelling
@@ -113,7 +113,7 @@ class LatentAttention(MLASelfAttention):
         cfg, decode, tokens = self.config, step.num_decode, step.num_decode + step.num_prompt_tokens
         heads = self.num_attention_heads_per_partition
         q_up = self.linear_q_proj if cfg.q_lora_rank is None else self.linear_q_up_proj
-        q_THK = F.linear(query_TE, q_up.weight).view(step.num_rows, heads, self.q_head_dim)
+        q_THK = project(query_TE, q_up.weight).view(step.num_rows, heads, self.q_head_dim)
         parts = []
         if decode:
             parts.append(self._decode(q_THK[:decode], latent_TW[:decode], step))
@@ -125,10 +125,10 @@ class LatentAttention(MLASelfAttention):
 
     def project_down(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(input of the query's last projection, latent before its norm and rotary part), of all rows given."""
-        latent = F.linear(rows, self.linear_kv_down_proj.weight, self.linear_kv_down_proj.bias)
+        latent = project(rows, self.linear_kv_down_proj.weight, self.linear_kv_down_proj.bias)
         if self.config.q_lora_rank is None:
             return rows, latent
-        query = F.linear(rows, self.linear_q_down_proj.weight, self.linear_q_down_proj.bias)
+        query = project(rows, self.linear_q_down_proj.weight, self.linear_q_down_proj.bias)
         return norm_before(self.linear_q_up_proj, self.q_layernorm, query), latent
 
     def _project_down(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

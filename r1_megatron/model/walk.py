@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from r1_megatron.kernels.decode import mixture_of_experts, rms_norm, route_tokens
 from r1_megatron.kernels.ops import ops
 from r1_megatron.model.experts import GroupedExperts
-from r1_megatron.model.generation import StepContext, gather_rows
+from r1_megatron.model.generation import StepContext, gather_rows, project
 from r1_megatron.model.latent_attention import LatentAttention
 from r1_megatron.model.norm import RMSNorm
 from r1_megatron.parallel.groups import ProcessGroups
@@ -81,10 +80,10 @@ class Walk:
         """Of a transformer layer's attention module."""
         if not isinstance(attention, LatentAttention):
             return self._through(lambda rows, step: attention(rows, None, inference_context=step))
-        project, bias = attention.linear_proj.weight, attention.linear_proj.bias
+        weight, bias = attention.linear_proj.weight, attention.linear_proj.bias
 
         def part(rows: torch.Tensor, step: StepContext) -> torch.Tensor:
-            added = self._sum(F.linear(attention.attend(*attention.project_down(rows), step), project))
+            added = self._sum(project(attention.attend(*attention.project_down(rows), step), weight))
             return added if bias is None else added + bias
 
         return part
@@ -122,7 +121,7 @@ class Walk:
 
         def routed(rows: torch.Tensor) -> torch.Tensor:
             gates, chosen = route_tokens(
-                F.linear(rows.float(), router.weight.float()),
+                project(rows.float(), router.weight.float()),
                 router.expert_bias,
                 cfg.moe_router_topk,
                 num_groups=cfg.moe_router_num_groups,
@@ -181,4 +180,4 @@ def _norm(norm: RMSNorm, stream: torch.Tensor, added: torch.Tensor | None) -> tu
 def _gated_mlp(mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """This rank's part of a SwiGLU MLP: gate and up projection stacked, the ranks' parts add up."""
     fc1, fc2 = mlp.linear_fc1.weight, mlp.linear_fc2.weight
-    return lambda rows: F.linear(ops.swiglu(F.linear(rows, fc1), None), fc2)
+    return lambda rows: project(ops.swiglu(project(rows, fc1), None), fc2)

@@ -32,11 +32,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from r1_megatron.config.schema import RunConfig, SamplingConfig
 from r1_megatron.data.tokenizers import Tokenizer
-from r1_megatron.model.generation import StepContext, gather_rows, pack_prompts
+from r1_megatron.model.generation import StepContext, gather_rows, pack_prompts, project
 from r1_megatron.model.routing import chunk_routers
 from r1_megatron.model.walk import Walk, can_walk
 from r1_megatron.parallel.groups import ProcessGroups
@@ -478,7 +477,7 @@ class _Generation:
         weight = chunk.output_layer.weight
         if chunk.share_embeddings_and_output_weights:
             weight = chunk.shared_embedding_or_output_weight()
-        logits = F.linear(rows[table[0]], weight)
+        logits = project(rows[table[0]], weight)
         draw = sample_tokens(
             logits,
             vocab_start=self.groups.tp_rank * logits.shape[1],
