@@ -195,7 +195,14 @@ from r1_megatron.parallel.launch import launch
 result = launch([sys.executable, {write(tmp_path, "sleep()")!r}], 2, log_dir="logs")
 print(result.exit_code, result.interrupted_by, result.failure)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Under nohup SIGHUP is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     try:
         process.ranks = pids(tmp_path, 0, 1)
         yield process
