@@ -97,6 +97,14 @@ def test_an_unchanged_model_comes_back_as_the_same_files(name: str, tmp_path: Pa
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_targets_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_checkpoint(tmp_path / "source", FP8_MODEL, "fp8", max_shard_size=100_000)
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "from-hf", "source", "new/checkpoint", "--quiet"]) == 0
+    assert main(["convert", "to-hf", "new/checkpoint", "new/back", "--quiet", "--verify"]) == 0
+    assert files_of(tmp_path / "new" / "back") == files_of(source)
+
+
 def test_bytes_that_stay_need_no_torch(tmp_path: Path) -> None:
     """Both ways and the check, in a process that cannot import it; also where rotary rows change their places."""
     source = tmp_path / "source"

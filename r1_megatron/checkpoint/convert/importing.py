@@ -74,7 +74,7 @@ class ImportUnit:
 
     @property
     def outputs(self) -> list[str]:
-        """The files that are written, in the new folder or by absolute path."""
+        """The files that are written: the part by its name, others by their paths."""
         return [self.part, *sorted({place.file for place in self.scale_places.values()})]
 
     @property

@@ -140,11 +140,12 @@ class Partial:
         return True
 
     def record(self, unit: str, sources: list[str], result: Any, outputs: Iterable[str] = ()) -> None:
-        """A unit is finished; ``outputs`` are written: absolute paths, or in ``content``."""
+        """A unit is finished; ``outputs`` are written: paths, or plain names of files in ``content``."""
         self.done[unit] = result
         # Not before there is something to flush: threads would keep workers from being forked.
         self._disk = self._disk or ThreadPoolExecutor(1, "flush")
-        self._flushes += [self._disk.submit(_sync, self.content / output) for output in outputs]
+        paths = [Path(output) if os.path.dirname(output) else self.content / output for output in outputs]
+        self._flushes += [self._disk.submit(_sync, path) for path in paths]
         _append(self._journal, {"unit": unit, "boot": _boot(), "sources": _stamps(sources), "result": result})
 
     def finish(self) -> None:
