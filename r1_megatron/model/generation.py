@@ -15,7 +15,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from r1_megatron.kernels.decode import linear_rows
 
-# Up to here linear_rows is the faster one: BENCHMARKS.md, decode steps, float32.
+# What a decode step has. There linear_rows is the faster one (tools/bench_kernels.py --only decode, float32); prompts are
+# left to the library, which packs large matrices.
 _FEW_ROWS = 128
 
 

@@ -91,6 +91,7 @@ class Share:
         sent = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).to(device)
         received = torch.empty(sum(in_sizes), dtype=torch.uint8, device=device)
         dist.all_to_all_single(received, sent, in_sizes, out_sizes, group=group)
+        # Of this job's own ranks, as torch.distributed's object collectives do.
         return [pickle.loads(part.numpy()) for part in received.cpu().split(in_sizes)]
 
 
