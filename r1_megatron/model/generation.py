@@ -15,8 +15,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from r1_megatron.kernels.decode import linear_rows
 
-# What a decode step has. There linear_rows is the faster one (tools/bench_kernels.py --only decode, float32); prompts are
-# left to the library, which packs large matrices.
+# What a decode step has. There linear_rows is the faster one (tools/bench_kernels.py --only decode, float32); prompts
+# are left to the library, which packs large matrices.
 _FEW_ROWS = 128
 
 
