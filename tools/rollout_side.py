@@ -5,7 +5,7 @@
 Starts the ranks of the configuration. Calls of the engine, on all of them together, each with its own seed, after a
 short one that warms it up; rank 0 writes each call's seconds and tokens drawn. The last samples are scored by the
 training forward as well: ``difference`` is the largest between the two log-probabilities of a drawn token, and
-``samples`` are some of those sequences, for a third opinion. With ``rollout.router_replay`` there is also
+``samples`` are some of those sequences, for a third opinion. Unless ``rollout.router_replay`` is off there is also
 ``difference_replayed``, where training takes the rollout's experts: what is left then is rounding, without the ties of
 the router that rounding decides.
 """
@@ -56,7 +56,7 @@ def measure(cfg: RunConfig, repeats: int) -> dict[str, Any]:
             dist.all_reduce(num_drawn, group=run.groups.dp)
             calls.append({"seconds": seconds, "tokens": num_drawn.item()})
         found = {"calls": calls, "difference": training_difference(run, rollouts)}
-        if cfg.rollout.router_replay:
+        if cfg.replays_experts:
             found["difference_replayed"] = training_difference(run, rollouts, replay=True)
     samples = [
         {"tokens": r.tokens.tolist(), "prompt_len": r.prompt_len, "logprobs": r.logprobs.tolist()}

@@ -191,8 +191,10 @@ class RolloutConfig:
     max_prefill_tokens: int = 16384
     # Groups of sequences in flight per pipeline; null: one per pipeline stage.
     pipeline_groups: int | None = None
-    # Record the chosen experts and train with the same ones (router replay, R3: arXiv 2510.11370).
-    router_replay: bool = False
+    # Record the chosen experts and train with the same ones (router replay, R3: arXiv 2510.11370; DeepSeek-V3.2, arXiv
+    # 2512.02556, section 3.1). Otherwise rounding decides near ties of the router, on each side for itself. null: where
+    # the model has experts.
+    router_replay: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -394,3 +396,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    @property
+    def replays_experts(self) -> bool:
+        """Whether training takes the experts that the rollout chose."""
+        replay = self.rollout.router_replay
+        return self.stage == "grpo" and (self.model.num_moe_layers > 0 if replay is None else replay)

@@ -289,8 +289,8 @@ def _rl(cfg: RunConfig) -> Iterator[str]:
     if cfg.train.bf16 and rl.on_probs_diff == "stop" and limit is not None and limit < MIN_PROBS_DIFF_LIMIT_BF16:
         yield (
             f"rl.probs_diff_limit={limit} would stop a bf16 run at once: rounding alone moves a probability by up to "
-            f"{MIN_PROBS_DIFF_LIMIT_BF16} and, without router replay, by any amount. Set rl.probs_diff_limit=1.0 (or "
-            "null), or rl.on_probs_diff=warn; rollout.router_replay=true and rl.tis_cap=2.0 treat the cause."
+            f"{MIN_PROBS_DIFF_LIMIT_BF16} and, with rollout.router_replay=false, by any amount. Set "
+            "rl.probs_diff_limit=1.0 (or null), or rl.on_probs_diff=warn; rl.tis_cap=2.0 weighs what is left."
         )
     if rl.reference_refresh_steps is not None and rl.kl_coef == 0:
         yield (

@@ -117,7 +117,7 @@ def _model_on_ranks(cfg: RunConfig) -> Iterator[str]:
             if size > 1:
                 yield f"parallel.{name}={size}, but no layer of the model has experts ({why}). Set it to 1."
         if cfg.rollout.router_replay:
-            yield f"rollout.router_replay=true, but no layer of the model has experts ({why}). Set it to false."
+            yield f"rollout.router_replay=true, but no layer of the model has experts ({why}). Leave it out."
         return
     shared = m.moe_shared_expert_intermediate_size
     if shared % tp:

@@ -92,7 +92,7 @@ def build_engine(cfg: RunConfig, chunks: Sequence[Any], groups: ProcessGroups, t
         page_size=PAGE_SIZE[groups.device.type],
         cache_tokens=rollout.cache_tokens,
         max_prefill_tokens=rollout.max_prefill_tokens,
-        record_routing=rollout.router_replay,
+        record_routing=cfg.replays_experts,
     )
 
 

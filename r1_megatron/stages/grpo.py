@@ -177,7 +177,8 @@ def check_rollout_match(run: Run, step: int, metrics: dict[str, float]) -> None:
     text = (
         f"step {step}: training/rollout_probs_diff_max={difference:.3g} is above rl.probs_diff_limit={limit:.3g}: "
         "the training forward gives some sampled token another probability than the rollout did. "
-        "With bf16 raise the limit or set rollout.router_replay=true and rl.tis_cap; in fp32 it is a fault."
+        "With bf16 raise the limit and set rl.tis_cap; with rollout.router_replay=false near ties of the router do it; "
+        "in fp32 with replay it is a fault."
     )
     if run.cfg.rl.on_probs_diff == "stop":
         raise RolloutMismatchError(text)

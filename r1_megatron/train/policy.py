@@ -71,7 +71,7 @@ class Policy:
     @property
     def routing_shape(self) -> tuple[int, int] | None:
         """``(MoE layers of this pipeline rank, topk)`` where the rollout's experts are replayed, else ``None``."""
-        if not self.cfg.rollout.router_replay or self.cfg.stage != "grpo":
+        if not self.cfg.replays_experts:
             return None
         layers = sum(len(chunk_routers(chunk)) for chunk in self.chunks)
         return layers, self.cfg.model.moe_router_topk

@@ -41,7 +41,7 @@ EVERYTHING = {
     "sampling": {"temperature": 0.8, "top_p": 0.95},
 }
 OPTIONS = {
-    "plain": {},
+    "plain": {"rollout": {"router_replay": False}},
     "everything": EVERYTHING,
     # Ways to compute the same.
     "overlapped": {**EVERYTHING, "train": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
@@ -326,7 +326,7 @@ def test_a_difference_between_rollout_and_training_ends_the_run(ranks: RankPool,
     for kind, message in answers:
         assert kind == "RolloutMismatchError"
         assert "step 1: training/rollout_probs_diff_max=" in message
-        assert "rl.probs_diff_limit=1e-12" in message and "rollout.router_replay=true" in message
+        assert "rl.probs_diff_limit=1e-12" in message and "rollout.router_replay=false" in message
     assert len(rows_of(tmp_path)) == 1
 
 

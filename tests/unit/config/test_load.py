@@ -243,3 +243,13 @@ def test_a_problem_in_the_parent_does_not_hide_one_in_the_child(tmp_path: Path):
     path = write(tmp_path, "inherits: missing.yaml\ntrain: {stepz: 3}")
     problems = problems_of(path)
     assert len(problems) == 2 and "train.stepz: unknown key. Did you mean train.steps?" in problems
+
+
+def test_the_experts_of_a_rollout_are_replayed_where_there_are_any(tmp_path: Path):
+    def replays(*overrides: str) -> bool:
+        return load_config(write(tmp_path, ""), list(overrides)).replays_experts
+
+    assert replays()
+    assert not replays("rollout.router_replay=false")
+    assert not replays("stage=sft")
+    assert not replays("model.preset=r1_distill_qwen_1_5b")

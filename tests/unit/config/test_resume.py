@@ -39,7 +39,7 @@ def test_layout_length_and_speed_may_change() -> None:
         ("data", "seed", 2, "data.seed=2, the run has 1"),
         ("sampling", "stop", ("x",), "sampling.stop=('x',), the run has ()"),
         ("rl", "reference_refresh_steps", 3, "rl.reference_refresh_steps=3, the run has null"),
-        ("rollout", "router_replay", True, "rollout.router_replay=true, the run has false"),
+        ("rollout", "router_replay", True, "rollout.router_replay=true, the run has null"),
     ],
 )
 def test_what_the_run_computes_may_not(section: str, field: str, value: object, said: str) -> None:
