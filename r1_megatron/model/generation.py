@@ -38,6 +38,8 @@ class StepContext:
         lengths: int32 ``[D]``, positions that a decode token looks back on, its own included.
         cos, sin: ``[T, 1, P / 2]`` in the model's dtype, by position, the YaRN factor included, for P rotary channels.
         prompts: the packed prompts, or ``None``.
+        peer_rows: rows of each rank that exchanges tokens between experts with this one, by rank; of each, its
+            tensor-parallel share. Empty where no rank of another replica is among them.
     """
 
     num_rows: int
@@ -52,6 +54,7 @@ class StepContext:
     cos: torch.Tensor
     sin: torch.Tensor
     prompts: PackedSeqParams | None
+    peer_rows: tuple[int, ...] = ()
 
     # The questions megatron-core's layers may ask an inference context.
     def is_static_batching(self) -> bool:

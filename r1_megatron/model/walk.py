@@ -5,8 +5,9 @@ to experts through buffers and counts, and wrap each product for autograd. A ste
 that costs more than the arithmetic. Here every tensor-parallel rank has all rows, a layer adds up its ranks' parts
 twice (behind attention, behind the feed-forward), and a rank's experts are one operator (`kernels/decode.py`).
 
-Where a layer is built otherwise (experts over data-parallel ranks, one module per expert), that part of it goes through
-its module. Transformer Engine's layers are not walked at all (:func:`can_walk`).
+Experts on other data-parallel ranks are reached by an all-to-all each way (`model/expert_exchange.py`). Where a layer
+is built otherwise (one module per expert), that part of it goes through its module. Transformer Engine's layers are not
+walked at all (:func:`can_walk`).
 
 Legend: T rows of the forward, H hidden.
 """
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from r1_megatron.kernels.decode import mixture_of_experts, rms_norm, route_tokens
 from r1_megatron.kernels.ops import ops
+from r1_megatron.model.expert_exchange import ExpertExchange
 from r1_megatron.model.experts import GroupedExperts
 from r1_megatron.model.generation import StepContext, gather_rows, project
 from r1_megatron.model.latent_attention import LatentAttention
@@ -94,9 +96,11 @@ class Walk:
             gated = _gated_mlp(mlp)
             return lambda rows, step: self._sum(gated(rows))
         experts = mlp.experts
-        if not isinstance(experts, GroupedExperts) or not self._holds_all_experts(experts):
+        if not isinstance(experts, GroupedExperts):
             return self._through(lambda rows, step: mlp(rows))
         shared = None if mlp.shared_experts is None else _gated_mlp(mlp.shared_experts)
+        if self._groups.exchanges_tokens:
+            return self._over_replicas(mlp.router, experts, shared)
         routed = self._routed(mlp.router, experts)
 
         def part(rows: torch.Tensor, step: StepContext) -> torch.Tensor:
@@ -105,14 +109,21 @@ class Walk:
 
         return part
 
-    def _holds_all_experts(self, experts: GroupedExperts) -> bool:
-        """Whether the tensor-parallel ranks have all experts among them, so that no token has to leave them."""
-        own = set(dist.get_process_group_ranks(self._groups.tp))
-        return set(dist.get_process_group_ranks(self._groups.expert_tp_ep)) <= own
+    def _route(self, router: Any) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """What gives rows their gates and experts, each ``[T, topk]``."""
+        cfg = router.config
+        return lambda rows: route_tokens(
+            project(rows.float(), router.weight.float()),
+            router.expert_bias,
+            cfg.moe_router_topk,
+            num_groups=cfg.moe_router_num_groups,
+            group_topk=cfg.moe_router_group_topk,
+            scaling=cfg.moe_router_topk_scaling_factor or 1.0,
+        )
 
     def _routed(self, router: Any, experts: GroupedExperts) -> Callable[[torch.Tensor], torch.Tensor]:
         """This rank's part of what the routed experts add, ``[T, H]``; those of all tensor-parallel ranks add up."""
-        cfg, replay = router.config, router.router_replay
+        route, replay = self._route(router), router.router_replay
         w1, w2 = experts.linear_fc1.weight, experts.linear_fc2.weight
         first = experts.ep_group.rank() * experts.num_local_experts
         # Ranks with the same experts (fewer expert ranks than tensor-parallel ones) share the tokens out.
@@ -120,14 +131,7 @@ class Walk:
         turn = self._groups.tp_rank // (experts.ep_group.size() * experts.tp_group.size())
 
         def routed(rows: torch.Tensor) -> torch.Tensor:
-            gates, chosen = route_tokens(
-                project(rows.float(), router.weight.float()),
-                router.expert_bias,
-                cfg.moe_router_topk,
-                num_groups=cfg.moe_router_num_groups,
-                group_topk=cfg.moe_router_group_topk,
-                scaling=cfg.moe_router_topk_scaling_factor or 1.0,
-            )
+            gates, chosen = route(rows)
             if self._record:
                 replay.recorded = self.own_rows(chosen)
             if sharers > 1:
@@ -137,6 +141,28 @@ class Walk:
             return mixture_of_experts(rows, gates, chosen, w1, w2, first)
 
         return routed
+
+    def _over_replicas(
+        self, router: Any, experts: GroupedExperts, shared: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> Part:
+        """A mixture of experts whose ranks are not all of one replica; tensor-parallel ranks share the rows out."""
+        route, replay = self._route(router), router.router_replay
+        exchange = ExpertExchange(experts, self._groups.expert_tp_ep)
+
+        def part(rows: torch.Tensor, step: StepContext) -> torch.Tensor:
+            own = self.own_rows(rows)
+            gates, chosen = route(own)
+            if self._record:
+                replay.recorded = chosen
+            num_real = step.num_decode + step.num_prompt_tokens - self._groups.tp_rank * len(own)
+            if num_real < len(own):
+                chosen[max(num_real, 0) :] = -1  # padding
+            finish = exchange.begin(own, gates, chosen, step.peer_rows)
+            added = torch.zeros_like(rows) if shared is None else shared(rows)
+            self.own_rows(added).add_(finish())
+            return self._sum(added)
+
+        return part
 
     def _through(self, module: Callable[[torch.Tensor, StepContext], tuple[torch.Tensor, Any]]) -> Part:
         """A part that goes through its module: rows are split for it and brought together again."""

@@ -44,6 +44,11 @@ class ProcessGroups:
         return dist.get_rank()
 
     @property
+    def exchanges_tokens(self) -> bool:
+        """Whether replicas hold experts for each other: no tensor-parallel group has all of them, once or more."""
+        return self.topology.tp % (self.topology.etp * self.topology.ep) != 0
+
+    @property
     def tp_rank(self) -> int:
         return self.tp.rank()
 

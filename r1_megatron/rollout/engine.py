@@ -13,8 +13,8 @@ hands hidden states to the next one around the ring of pipeline ranks; the last 
 Every stage plans from the same requests and tokens, and takes and plans in the same order, for lanes share a queue and
 the cache; so shapes are never sent. Copies of pages come right before each chunk's forward: lanes that plan one after
 the other find, in every layer, what the ones before them have written. Data-parallel ranks generate for themselves,
-except that ranks which exchange tokens between experts have to run the same number of forwards: they agree every few
-rounds which lanes have work anywhere, and a lane without sequences feeds padding.
+except that ranks which exchange tokens between experts have to run the same forwards: they agree before each whether
+any of them has tokens for it (`rollout/coupling.py`), and one that has none feeds padding.
 
 Where a run may be asked to end, rounds come in segments, and after each of them all ranks of the job agree on whether
 to go on. A segment ends between two rounds: every stage has been through the same steps of every lane, and drawn tokens
@@ -41,15 +41,13 @@ from r1_megatron.model.walk import Walk, can_walk
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rollout.answers import Answers
 from r1_megatron.rollout.cache import PAGE_SIZE, TokenCache
+from r1_megatron.rollout.coupling import Coupling
 from r1_megatron.rollout.in_flight import InFlight, RolloutStopped
 from r1_megatron.rollout.pipeline import Pipeline
 from r1_megatron.rollout.requests import Call, check_call, make_requests
 from r1_megatron.rollout.sampler import group_gather, position_keys, sample_tokens
 from r1_megatron.rollout.scheduler import SAMPLES_PER_PROMPT_LIMIT, Scheduler, StepPlan
 from r1_megatron.types import Prompt, Rollout
-
-# Coupled ranks ask each other every so many rounds which lanes still have work.
-AGREE_EVERY = 4
 
 
 def build_engine(cfg: RunConfig, chunks: Sequence[Any], groups: ProcessGroups, tokenizer: Tokenizer) -> Engine:
@@ -316,8 +314,7 @@ class _Generation:
         self.num_rounds, self.over = 0, False
         self.tp = self.groups.topology.tp
         self.num_shards = self.tp if self.config.sequence_parallel else 1
-        expert_peers = set(dist.get_process_group_ranks(self.groups.expert_tp_ep))
-        self.coupled = not expert_peers <= set(dist.get_process_group_ranks(self.groups.tp))
+        self.coupling = Coupling(self.groups) if self.groups.exchanges_tokens else None
         # Each chunk's layers and mixture-of-experts layers among those of this rank.
         self.layers = _slices([len(chunk.decoder.layers) for chunk in engine.chunks])
         self.moe_layers = _slices([len(routers) for routers in engine._routers])
@@ -375,33 +372,31 @@ class _Generation:
                     flight.arriving = (flight.plan, drawn, self.pipeline.expect_tokens(drawn))
 
     def _is_over(self) -> bool:
-        """Whether all is done; asked before each round. Coupled ranks agree on it, lane by lane."""
-        if not self.coupled:
+        """Whether all is done; asked before each round. Coupled ranks answer alike."""
+        if self.coupling is None:
             self.over = not self.scheduler.has_work
-        elif not self.over and self.num_rounds % AGREE_EVERY == 0:
-            has_work = [int(self.scheduler.lane_has_work(flight.lane)) for flight in self.flights]
-            anywhere = torch.tensor(has_work, device=self.device)
-            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.groups.expert_tp_ep)
-            for flight, active in zip(self.flights, anywhere.tolist()):
-                flight.active = bool(active)
+        else:
             self.over = not any(flight.active for flight in self.flights)
-            self.clock.charge("wait")
         return self.over
 
     def _begin(self, flight: _Flight) -> None:
         """Take the tokens of the last step and plan the next one, if there is one."""
         self._take_arriving(flight)
         flight.plan = None
-        if self.coupled and not flight.active:
-            return
         plan = self.scheduler.plan(flight.lane)
         for sequence in plan.given_up:
             self.answers.give_up(sequence, self._routing)
-        if len(plan.tokens) or self.coupled:
-            flight.plan, flight.step = plan, self._context(plan)
+        runs, peer_rows = len(plan.tokens) > 0, ()
+        if self.coupling is not None:
+            self.clock.charge("plan")
+            agreed = self.coupling.agree(len(plan.tokens), self.scheduler.lane_has_work(flight.lane))
+            flight.active, runs, peer_rows = agreed.any_work, agreed.any_tokens, agreed.peer_rows
+            self.clock.charge("wait")
+        if runs:
+            flight.plan, flight.step = plan, self._context(plan, peer_rows)
         self.clock.charge("plan")
 
-    def _context(self, plan: StepPlan) -> StepContext:
+    def _context(self, plan: StepPlan, peer_rows: tuple[int, ...]) -> StepContext:
         """The step on the device."""
         num_tokens, num_decode = len(plan.tokens), plan.num_decode
         num_rows = max(-(-num_tokens // self.num_shards), 1) * self.num_shards
@@ -422,6 +417,7 @@ class _Generation:
             cos=self.cos[positions],
             sin=self.sin[positions],
             prompts=pack_prompts(plan.prefill_lengths, self.device),
+            peer_rows=peer_rows,
         )
 
     def _forward(self, flight: _Flight, plan: StepPlan, number: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -21,6 +21,7 @@ from r1_megatron.config.schema import (
     TrainConfig,
 )
 from r1_megatron.data.tokenizers import build_tokenizer
+from r1_megatron.model import expert_exchange
 from r1_megatron.model.build import build_model
 from r1_megatron.model.generation import gather_rows
 from r1_megatron.model.parameters import global_parameters
@@ -129,25 +130,32 @@ def check_rollouts(
     replay: bool = False,
     page_size: int = 16,
     modules: bool = False,
+    experts: Literal["grouped", "sequential"] = "grouped",
+    counted: bool = False,
     **rollout: Any,
 ) -> dict[str, Any]:
     """Sample, then compare with the training forward of the same weights and layout. ``rollout``: options.
 
-    ``modules``: generate through the layers' modules, as Transformer Engine's are. Answers ``samples`` (tokens by
-    request), ``diff`` (largest difference of a log-probability), ``num_routed`` and
-    ``misrouted`` (token-layers, and those whose recorded experts differ from the training forward's).
+    ``modules``: generate through the layers' modules, as Transformer Engine's are. ``counted``: rows go only to the
+    ranks that have their experts. Answers ``samples`` (tokens by request), ``diff`` (largest difference of a
+    log-probability), ``num_routed`` and ``misrouted`` (token-layers, and those whose recorded experts differ from the
+    training forward's).
     """
     cfg = run_config(parallel, model)
     cfg = replace(
         cfg,
-        train=replace(cfg.train, bf16=bf16),
+        train=replace(cfg.train, bf16=bf16, moe_experts=experts),
         rollout=replace(cfg.rollout, **rollout),
     )
     with mock.patch.dict(PAGE_SIZE, cpu=page_size):
         groups, policy, engine = setup(cfg)
     sampling = replace(SAMPLING, temperature=temperature)
     mine = share(some_prompts(num_prompts, model.vocab_size), groups, uneven)
-    with mock.patch.object(engine_room, "can_walk", (lambda chunk: False) if modules else engine_room.can_walk):
+    worth = -1 if counted else expert_exchange.COUNTING_IS_WORTH
+    with (
+        mock.patch.object(engine_room, "can_walk", (lambda chunk: False) if modules else engine_room.can_walk),
+        mock.patch.object(expert_exchange, "COUNTING_IS_WORTH", worth),
+    ):
         answers = engine.generate(mine, samples_per_prompt, sampling, seed=SEED, policy_version=4)
     rollouts = [rollout for group in answers for rollout in group]
     check_nouns(mine, answers, sampling)

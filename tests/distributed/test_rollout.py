@@ -103,6 +103,33 @@ def test_through_the_modules(ranks: RankPool, alone: dict[float, dict[str, Any]]
     assert_same_samples(ranks, alone[1.0], answers, 1.0)
 
 
+def test_experts_one_by_one(ranks: RankPool, alone: dict[float, dict[str, Any]]) -> None:
+    """Their layers go through the modules, all others are walked."""
+    answers = run(ranks, parallel=LAYOUTS["ep2"], experts="sequential")
+    assert_parity(answers)
+    assert_same_samples(ranks, alone[1.0], answers, 1.0)
+
+
+@pytest.mark.parametrize("name", ["ep2_uneven", "tp2dp2ep4", "tp2ep2etp2"])
+def test_experts_over_replicas(ranks: RankPool, alone: dict[float, dict[str, Any]], name: str) -> None:
+    """Rows that go to all ranks or only to those of their experts give the same bits, and one rank's values."""
+    every, counted = (run(ranks, **CASES[name], counted=counted) for counted in (False, True))
+    for a, b in zip(every, counted):
+        assert a["samples"] == b["samples"] and a["logprobs"] == b["logprobs"]
+    one = alone[1.0]
+    for request, logprobs in ((r, p) for answer in every for r, p in answer["logprobs"].items()):
+        assert logprobs == pytest.approx(one["logprobs"][request], abs=1e-5, rel=0)
+
+
+def test_experts_across_tensor_parallel_groups(ranks: RankPool) -> None:
+    """Ranks that exchange tokens are parts of two tensor-parallel groups, so that the whole stage is coupled."""
+    model = replace(checks.MODEL, num_moe_experts=12)
+    (one,) = run(ranks, parallel=LAYOUTS["one"], model=model)
+    spread = run(ranks, parallel=layout(tp=2, dp=3, ep=3), model=model, uneven=True)
+    assert_parity(spread)
+    assert {k: v for answer in spread for k, v in answer["samples"].items()} == one["samples"]
+
+
 @pytest.mark.parametrize("name", TIGHT_CASES)
 def test_little_memory_and_short_forwards(ranks: RankPool, alone: dict[float, dict[str, Any]], name: str) -> None:
     """Sequences give up their places, prompts come in chunks: the samples are those of one rank with plenty."""
@@ -167,12 +194,12 @@ def test_ties_are_rare(ranks: RankPool, alone: dict[float, dict[str, Any]]) -> N
     assert 10 * TIE < gap < 1
 
 
-def test_coupled_ranks_run_the_same_number_of_forwards(ranks: RankPool) -> None:
-    """Data-parallel rank 0 has no prompt at all and feeds padding as long as its expert peer samples."""
+def test_coupled_ranks_run_the_same_forwards(ranks: RankPool, alone: dict[float, dict[str, Any]]) -> None:
+    """Data-parallel rank 0 has no prompt at all and feeds padding as long as its expert peer samples, no longer."""
     answers = run(ranks, **CASES["ep2_uneven"])
     assert len(answers[0]["samples"]) == 0 and len(answers[1]["samples"]) == 15
-    forwards = [answer["metrics"]["rollout/num_forwards"] for answer in answers]
-    assert forwards[0] == forwards[1] > 0
+    forwards = [answer["metrics"]["rollout/num_forwards"] for answer in (*answers, alone[1.0])]
+    assert forwards[0] == forwards[1] == forwards[2] > 0
     # Without experts in common a rank that has nothing to do runs nothing.
     answers = run(ranks, parallel=LAYOUTS["dp2"], uneven=True)
     assert [answer["metrics"]["rollout/num_forwards"] > 0 for answer in answers] == [False, True]
