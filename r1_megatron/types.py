@@ -60,6 +60,8 @@ class Rollout:
         finish: ``"stop"`` (stop token or string) or ``"length"`` (cut at the limit).
         policy_version: number of optimizer steps the sampling weights had taken.
         text: the decoded response, stop token left out.
+        versions: int32 ``[num_response]``, the policy version that drew each token where earlier steps may have begun
+            the sample; ``None``: ``policy_version`` drew them all.
     """
 
     request: int
@@ -70,6 +72,7 @@ class Rollout:
     finish: FinishReason
     policy_version: int
     text: str = ""
+    versions: np.ndarray | None = None
 
     @property
     def num_response(self) -> int:
@@ -104,6 +107,8 @@ class TrainSample:
             current forward is the old one (a single update per rollout).
         reference_logprobs: log-probability under the reference policy, or ``None`` without a KL term.
         routed_experts: as in :class:`Rollout`.
+        stale: 1 where an earlier version of the policy drew the next token, else 0: its old log-probability is the
+            sampler's, whatever ``old_logprobs`` holds. ``None``: there is no such token.
     """
 
     tokens: np.ndarray
@@ -114,6 +119,7 @@ class TrainSample:
     old_logprobs: np.ndarray | None = None
     reference_logprobs: np.ndarray | None = None
     routed_experts: np.ndarray | None = None
+    stale: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from r1_megatron.data.balance import Plan
 from r1_megatron.types import MicroBatch, StepBatch, TrainSample
 
 # The token-aligned arrays of a TrainSample that travel in MicroBatch.arrays.
-ARRAYS = ("loss_mask", "advantages", "behaviour_logprobs", "old_logprobs", "reference_logprobs")
+ARRAYS = ("loss_mask", "advantages", "behaviour_logprobs", "old_logprobs", "reference_logprobs", "stale")
 
 
 def build_microbatch(

@@ -40,7 +40,9 @@ class PolicyOptions:
 class PolicyTokens:
     """What is known about T tokens before the policy is asked. ``[T]``, of one dtype, as the log-probabilities are.
 
-    ``cu_seqlens [S+1]`` (int32) are the boundaries of the sequences, which only GSPO needs.
+    ``stale`` is 1 where an earlier version of the policy drew the token, which it is then compared with: the old
+    log-probability is that of the rollout. ``cu_seqlens [S+1]`` (int32) are the boundaries of the sequences, which only
+    GSPO needs.
     """
 
     loss_mask: Tensor
@@ -49,15 +51,23 @@ class PolicyTokens:
     behaviour_logprobs: Tensor
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
+    stale: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> PolicyTokens:
         assert self.cu_seqlens is None, "sequences cannot be cut"
         arrays = (
             self.loss_mask, self.weights, self.advantages, self.behaviour_logprobs, self.old_logprobs,
-            self.reference_logprobs,
+            self.reference_logprobs, self.stale,
         )  # fmt: skip
         return PolicyTokens(*(None if array is None else array[rows] for array in arrays))
+
+    def old(self, logprobs_T: Tensor) -> Tensor | None:
+        """The old log-probabilities, ``None`` where the policy's own are, given the latter."""
+        if self.stale is None:
+            return self.old_logprobs
+        own_T = logprobs_T if self.old_logprobs is None else self.old_logprobs
+        return torch.where(self.stale > 0, self.behaviour_logprobs, own_T)
 
 
 def surrogate(
@@ -69,8 +79,8 @@ def surrogate(
     """
     t = tokens
     loss_T, g_T, h_T, terms_NT = ops.policy_surrogate(
-        logprobs_T, entropy_T, t.loss_mask, t.weights, t.advantages, t.behaviour_logprobs, t.old_logprobs,
-        t.reference_logprobs, t.cu_seqlens, *astuple(options),
+        logprobs_T, entropy_T, t.loss_mask, t.weights, t.advantages, t.behaviour_logprobs,
+        t.old(logprobs_T), t.reference_logprobs, t.cu_seqlens, *astuple(options),
     )  # fmt: skip
     return loss_T, g_T, h_T if options.entropy_coef else None, terms_NT
 

@@ -41,6 +41,7 @@ def assign_credit(
                     weights=token_weights(mask, cfg.aggregation, counts, max_new_tokens=max_new_tokens),
                     behaviour_logprobs=align_response(rollout, rollout.logprobs),
                     routed_experts=rollout.routed_experts,
+                    stale=stale_tokens(rollout),
                 )
             )
     return samples
@@ -49,6 +50,11 @@ def assign_credit(
 def loss_mask(rollout: Rollout, cfg: RLConfig) -> np.ndarray:
     """Bool ``[num_tokens]``: true where the next token is a response token that is learned from."""
     return align_response(rollout, np.full(rollout.num_response, is_learned(rollout, cfg))).astype(bool)
+
+
+def stale_tokens(rollout: Rollout) -> np.ndarray | None:
+    """`TrainSample.stale`: where earlier versions of the policy drew the next token."""
+    return None if rollout.versions is None else align_response(rollout, rollout.versions < rollout.policy_version)
 
 
 def align_response(rollout: Rollout, values: np.ndarray) -> np.ndarray:

@@ -18,6 +18,10 @@ with two other policy losses, of which ``sg`` takes the gradient away and ``i`` 
 and ``k`` times ``exp(l - l_old)`` for ``kl_estimator: unbiased`` (DeepSeek-V3.2 report, arXiv 2512.02556): its expected
 gradient is that of the KL divergence itself. Log-ratios are clipped to +-20 before the exponential.
 
+A *stale* token was drawn by an earlier version of the policy, in a rollout that went on in a later step. It is a sample
+of that version, so its ``l_old`` is ``l_rollout`` (and ``c`` is 1). It says nothing about how well rollout and training
+match, and is left out of ``training/rollout_*``.
+
 Averaging over tokens and sequences is none of its business: ``weights.py`` turns it into data. The loss of a step is
 ``sum_t weights[t] * loss[t]``.
 """
@@ -68,13 +72,15 @@ def policy_loss(
         entropy: of the policy's distributions, same shape; ``None`` where it was not computed.
         arrays: by the names of :class:`~r1_megatron.types.TrainSample`, same shape: ``loss_mask``, ``advantages``,
             ``behaviour_logprobs``; ``old_logprobs`` where the policy has moved since the rollout (absent: ``l_old`` is
-            ``l`` without gradient); ``reference_logprobs`` where ``kl_coef`` is not zero.
+            ``l`` without gradient); ``reference_logprobs`` where ``kl_coef`` is not zero; ``stale`` where there may be
+            tokens of earlier versions.
         cfg: which terms there are.
         cu_seqlens: ``[S + 1]`` int32, where each sequence starts and the last one ends: for ``policy_loss: gspo``.
 
     Returns:
         ``(loss, metrics)``. Metrics are detached scalars over this call's loss tokens: names ending in ``_max`` are
-        maxima, all others are sums (of which ``num_tokens`` counts the tokens). See :func:`merge_metrics`.
+        maxima, all others are sums (of which ``num_tokens`` counts the tokens, ``num_fresh_tokens`` those that are not
+        stale). See :func:`merge_metrics`.
     """
     options = policy_options(cfg)
     if options.entropy_coef and entropy is None:
@@ -82,7 +88,7 @@ def policy_loss(
     tokens = policy_tokens(arrays, torch.ones_like(logprobs), cfg, logprobs.dtype, cu_seqlens)
     flat_entropy = None if entropy is None else entropy.reshape(-1).contiguous()
     loss_T, terms_NT = policy_surrogate(logprobs.reshape(-1).contiguous(), flat_entropy, tokens, options)
-    return loss_T.view(logprobs.shape), policy_metrics(terms_NT, tokens.loss_mask)
+    return loss_T.view(logprobs.shape), policy_metrics(terms_NT, tokens)
 
 
 def policy_options(cfg: RLConfig) -> PolicyOptions:
@@ -115,7 +121,7 @@ def policy_tokens(
         return None if array is None else array.detach().reshape(-1).to(dtype).contiguous()
 
     names = ("loss_mask", "advantages", "behaviour_logprobs")
-    optional = ("old_logprobs", "reference_logprobs")
+    optional = ("old_logprobs", "reference_logprobs", "stale")
     return PolicyTokens(
         weights=flat(weights),
         cu_seqlens=cu_seqlens if cfg.policy_loss == "gspo" else None,
@@ -124,10 +130,15 @@ def policy_tokens(
     )
 
 
-def policy_metrics(terms_NT: Tensor, loss_mask_T: Tensor) -> dict[str, Tensor]:
-    """The metrics of :func:`policy_loss` from the operator's terms, which are zero outside the mask."""
+def policy_metrics(terms_NT: Tensor, tokens: PolicyTokens) -> dict[str, Tensor]:
+    """The metrics of :func:`policy_loss` from the operator's terms, which are zero outside the mask.
+
+    The differences between rollout and training are zero where a token is stale.
+    """
     terms: dict[str, Tensor] = dict(zip(POLICY_TERMS, terms_NT))
-    metrics = {"num_tokens": (loss_mask_T > 0).sum().to(terms_NT.dtype)}
+    learned_T = tokens.loss_mask > 0
+    fresh_T = learned_T if tokens.stale is None else learned_T & (tokens.stale == 0)
+    metrics = {"num_tokens": learned_T.sum().to(terms_NT.dtype), "num_fresh_tokens": fresh_T.sum().to(terms_NT.dtype)}
     metrics |= {metric: terms[name].sum() for name, metric in _SUMS.items()}
     metrics |= {metric: _max(terms[name]) for name, metric in _MAXIMA.items()}
     return metrics
@@ -151,13 +162,20 @@ def merge_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def mean_metrics(totals: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """Sums to means per loss token, maxima as they are. Without a single loss token everything is zero."""
+    """Sums to means per loss token, maxima as they are. Without a single loss token everything is zero.
+
+    Means of ``training/rollout_*`` are over fresh tokens.
+    """
     num_tokens = max(float(totals["num_tokens"]), 1.0)
-    return {
-        name: float(value) if is_maximum(name) else float(value) / num_tokens
-        for name, value in totals.items()
-        if name != "num_tokens"
-    }
+    num_fresh = max(float(totals.get("num_fresh_tokens", num_tokens)), 1.0)
+
+    def mean(name: str, value: float) -> float:
+        if is_maximum(name):
+            return value
+        return value / (num_fresh if name.startswith("training/rollout_") else num_tokens)
+
+    counts = ("num_tokens", "num_fresh_tokens")
+    return {name: mean(name, float(value)) for name, value in totals.items() if name not in counts}
 
 
 def _max(values: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class PolicyObjective:
                 statistics = linear_token_statistics(hidden_TH, weight_VH, targets_T, **asked, **shard)
                 loss_T, terms_NT = policy_surrogate(*statistics, tokens, options)
                 loss = loss_T.sum()
-            return loss, policy_metrics(terms_NT, tokens.loss_mask)
+            return loss, policy_metrics(terms_NT, tokens)
 
         return head
 

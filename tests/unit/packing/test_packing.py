@@ -28,6 +28,7 @@ def sample(rng, n, routed=True, optional=True):
         behaviour_logprobs=values(),
         old_logprobs=values() if optional else None,
         reference_logprobs=values() if optional else None,
+        stale=values() if optional else None,
         routed_experts=rng.integers(0, 256, (n - 1, *ROUTING)).astype(np.uint8) if routed else None,
     )
 

@@ -25,7 +25,7 @@ OPTIONS = {
     "kl_coef": [0.0, 0.04],
     "entropy_coef": [0.0, 0.01],
     "tis_cap": [None, 2.0],
-    "old": ["given", "absent"],
+    "old": ["given", "absent", "given, some stale", "absent, some stale"],
 }
 COMBINATIONS = [dict(zip(OPTIONS, values)) for values in itertools.product(*OPTIONS.values())]
 
@@ -58,6 +58,7 @@ def problem(dtype=torch.float64, seed=0):
         "old_logprobs": logprobs + randn(0.8),
         "behaviour_logprobs": logprobs + randn(0.8),
         "reference_logprobs": logprobs + randn(0.5),
+        "stale": torch.arange(T, dtype=torch.float64) // 3 % 2,
     }
     arrays["advantages"][5] = 0.0
     weights = torch.rand(T, generator=g, dtype=torch.float64)
@@ -66,8 +67,10 @@ def problem(dtype=torch.float64, seed=0):
 
 def select_arrays(arrays, option):
     arrays = dict(arrays)
-    if option["old"] == "absent":
+    if option["old"].startswith("absent"):
         del arrays["old_logprobs"]
+    if "stale" not in option["old"]:
+        del arrays["stale"]
     if option["kl_coef"] == 0.0:
         del arrays["reference_logprobs"]
     return arrays
@@ -107,6 +110,8 @@ def test_value_and_gradient_of_every_option(option):
         now, h = l[t].item(), entropy[t].item()
         a, rollout = arrays["advantages"][t].item(), arrays["behaviour_logprobs"][t].item()
         old = arrays["old_logprobs"][t].item() if "old_logprobs" in arrays else now  # fixed under differentiation
+        if "stale" in arrays and arrays["stale"][t]:
+            old = rollout
         reference = arrays["reference_logprobs"][t].item() if "reference_logprobs" in arrays else 0.0
 
         def of(x, rest=(h, a, old, rollout, reference)):
@@ -126,7 +131,7 @@ VARIANT_OPTIONS = {
     "dual": [None, 3.0],
     "entropy_coef": [0.0, 0.01],
     "tis_cap": [None, 2.0],
-    "old": ["given", "absent"],
+    "old": ["given", "absent", "given, some stale", "absent, some stale"],
 }
 VARIANTS = [
     option
@@ -141,6 +146,8 @@ def batch_losses(l, now, entropy, arrays, cfg: RLConfig) -> list[float]:
     mask = [m > 0 for m in arrays["loss_mask"].tolist()]
     a, rollout, reference = (arrays[n].tolist() for n in ("advantages", "behaviour_logprobs", "reference_logprobs"))
     old = arrays["old_logprobs"].tolist() if "old_logprobs" in arrays else now
+    if "stale" in arrays:
+        old = [r if is_stale else o for r, o, is_stale in zip(rollout, old, arrays["stale"].tolist())]
     losses = [0.0] * T
     for start, end in itertools.pairwise(BOUNDARIES):
         inside = [t for t in range(start, end) if mask[t]]
@@ -196,7 +203,8 @@ def test_value_and_gradient_of_every_variant(option):
         torch.testing.assert_close(entropy.grad, -cfg.entropy_coef * arrays["loss_mask"] * weights)
     else:
         assert entropy.grad is None
-    assert (metrics["actor/pg_clipfrac"] > 0) == (option["old"] == "given")
+    if "stale" not in option["old"]:
+        assert (metrics["actor/pg_clipfrac"] > 0) == (option["old"] == "given")
 
 
 def autograd_reference(logits, targets, arrays, weights, cfg):
@@ -205,6 +213,8 @@ def autograd_reference(logits, targets, arrays, weights, cfg):
     l = logp[torch.arange(T), targets]
     entropy = -(logp.exp() * logp).sum(-1)
     old = arrays.get("old_logprobs", l.detach())
+    if "stale" in arrays:
+        old = torch.where(arrays["stale"] == 1, arrays["behaviour_logprobs"], old)
     ratio = torch.exp(l - old)
     a = arrays["advantages"]
     gain = torch.minimum(ratio * a, ratio.clamp(1 - cfg.clip_ratio_low, 1 + cfg.clip_ratio_high) * a)
@@ -300,13 +310,22 @@ def test_k3_is_precise_for_small_differences(dtype, relative):
     assert k3(torch.tensor([-1e4, -50.0])).tolist() == pytest.approx([9999.0, 49.0])
 
 
-def test_metrics():
+@pytest.mark.parametrize("has_stale", [False, True])
+def test_metrics(has_stale):
+    """Stale tokens count everywhere but in the difference between rollout and training."""
     cfg = RLConfig(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_dual=3.0, tis_cap=2.0, kl_coef=0.01)
     logits, targets, arrays, _ = problem(seed=3)
     l, entropy = token_statistics(logits, targets)
+    stale = arrays["stale"] == 1
+    if not has_stale:
+        stale[:] = False
+        del arrays["stale"]
     _, metrics = policy_loss(l, entropy, arrays, cfg)
     m = arrays["loss_mask"].bool()
     a, old, roll = (arrays[n][m] for n in ("advantages", "old_logprobs", "behaviour_logprobs"))
+    fresh = ~stale[m]
+    probs_diff, logprobs_diff = (old.exp() - roll.exp()).abs()[fresh], (old - roll).abs()[fresh]
+    old = torch.where(fresh, old, roll)
     r = (l[m] - old).exp()
     d = arrays["reference_logprobs"][m] - l[m]
     clipped = ((a > 0) & (r > 1.28)) | ((a < 0) & (r < 0.8))
@@ -320,10 +339,10 @@ def test_metrics():
         "actor/kl": (d.exp() - d - 1).mean(),
         "actor/ratio": r.mean(),
         "actor/tis_weight": (old - roll).exp().clamp(max=2.0).mean(),
-        "training/rollout_probs_diff_mean": (old.exp() - roll.exp()).abs().mean(),
-        "training/rollout_probs_diff_max": (old.exp() - roll.exp()).abs().max(),
-        "training/rollout_logprobs_diff_mean": (old - roll).abs().mean(),
-        "training/rollout_logprobs_diff_max": (old - roll).abs().max(),
+        "training/rollout_probs_diff_mean": probs_diff.mean(),
+        "training/rollout_probs_diff_max": probs_diff.max(),
+        "training/rollout_logprobs_diff_mean": logprobs_diff.mean(),
+        "training/rollout_logprobs_diff_max": logprobs_diff.max(),
     }
     assert means.keys() == expected.keys()
     for name, value in expected.items():
