@@ -149,11 +149,10 @@ def _held(chunks: tuple[Chunk, ...], numbers: bool) -> str:
 
 def _rollout_lines(cfg: RunConfig, topology: Topology, stages: tuple[tuple[Chunk, ...], ...]) -> list[Line]:
     r, s, m = cfg.rollout, cfg.sampling, cfg.model
-    samples = r.prompts_per_step * r.samples_per_prompt
+    prompts = r.prompts_per_step + (r.over_sampling_prompts if cfg.stage == "grpo" else 0)
+    samples = prompts * r.samples_per_prompt
     length = cfg.data.max_prompt_tokens + s.max_new_tokens
-    # Each minibatch is dealt over the data-parallel ranks by itself, and a rank samples what it will train on.
-    blocks = cfg.rl.num_minibatches if cfg.stage == "grpo" else 1
-    share = _Share(r.prompts_per_step // blocks, topology.dp, times=blocks)
+    share = _Share(prompts, topology.dp)
     per_rank = share.most * r.samples_per_prompt
     at_once = min(r.max_sequences, per_rank)
     layers = max(sum(len(c.layers) for c in chunks) for chunks in stages)
@@ -172,7 +171,7 @@ def _rollout_lines(cfg: RunConfig, topology: Topology, stages: tuple[tuple[Chunk
         room, held = f"{r.cache_tokens:,} tokens (rollout.cache_tokens)", r.cache_tokens
     cache = width * size * layers * held
     return [
-        ("samples", f"{r.prompts_per_step} prompts * {r.samples_per_prompt} samples = {samples:,}"),
+        ("samples", f"{prompts} prompts * {r.samples_per_prompt} samples = {samples:,}{_learned(cfg)}"),
         ("per dp rank", f"{share.text('prompt')}, at most {per_rank:,} samples of {per_rank * length:,} tokens"),
         (
             "length",
@@ -185,6 +184,14 @@ def _rollout_lines(cfg: RunConfig, topology: Topology, stages: tuple[tuple[Chunk
             f"{parts} * {size} bytes * {layers} layers * {room} = {_bytes(cache)} at most",
         ),
     ]
+
+
+def _learned(cfg: RunConfig) -> str:
+    r = cfg.rollout
+    if cfg.stage != "grpo" or not r.over_sampling_prompts:
+        return ""
+    rest = "go on in the next step" if r.unfinished == "continue" else "are thrown away"
+    return f"; the {r.prompts_per_step} groups that are done first are learned from, the others {rest}"
 
 
 def _training_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
@@ -297,19 +304,18 @@ def _count(number: int, noun: str, plural: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class _Share:
-    """What one rank gets when ``total`` things are dealt round-robin over ``ranks``, ``times`` over."""
+    """What one rank gets when ``total`` things are dealt round-robin over ``ranks``."""
 
     total: int
     ranks: int
-    times: int = 1
 
     @property
     def most(self) -> int:
-        return -(-self.total // self.ranks) * self.times
+        return -(-self.total // self.ranks)
 
     def text(self, noun: str) -> str:
         """``8 prompts``, or ``2 or 3 prompts`` where the deal does not come out even."""
-        least = self.total // self.ranks * self.times
+        least = self.total // self.ranks
         return _count(least, noun) if least == self.most else f"{least} or {self.most} {noun}s"
 
 

@@ -183,6 +183,15 @@ class RolloutConfig:
 
     prompts_per_step: int = 16
     samples_per_prompt: int = 12
+    # Groups that a step samples beyond prompts_per_step. It learns from those whose longest sample ends first, and
+    # nothing is drawn past them (APRIL, arXiv 2509.18521); 0: it waits for all.
+    over_sampling_prompts: int = 0
+    # The other groups: "continue": in the next step, from where they are, with the log-probabilities of the policy
+    # that drew them (partial rollouts, Kimi k1.5, arXiv 2501.12599); "drop": they are thrown away, which favours short
+    # completions.
+    unfinished: Literal["continue", "drop"] = "continue"
+    # Steps that a group may go on after the one that began it; older ones are thrown away. null: until they are done.
+    max_staleness: int | None = 8
     max_sequences: int = 256
     # Tokens that the cache of a data-parallel rank holds (rounded up to pages; samples of a prompt share its pages).
     # Sequences that do not fit wait, or give up their place for a while. null: max_sequences of full length.

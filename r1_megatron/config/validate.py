@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from r1_megatron.config.load import ConfigError
-from r1_megatron.config.schema import REWARD_NAMES, RunConfig
+from r1_megatron.config.schema import REWARD_NAMES, RolloutConfig, RunConfig
 from r1_megatron.config.validate_model import model_problems
 from r1_megatron.topology import place_layers, placement_problems, topology_problems
 from r1_megatron.topology import validate as parallel_problems
@@ -47,6 +47,7 @@ def validate_config(cfg: RunConfig, world_size: int | None = None, check_files: 
         *_numbers(cfg),
         *model_problems(cfg),
         *_batch(cfg),
+        *_over_sampling(cfg),
         *_sampling(cfg),
         *_reward(cfg),
         *_rl(cfg),
@@ -93,7 +94,7 @@ _AT_LEAST_ONE = {
 }
 _AT_LEAST_ONE_OR_NULL = {
     "model": ("q_lora_rank", "num_query_groups", "head_dim", "moe_router_num_groups", "moe_router_group_topk"),
-    "rollout": ("cache_tokens", "pipeline_groups"),
+    "rollout": ("cache_tokens", "pipeline_groups", "max_staleness"),
     "rl": ("reference_refresh_steps",),
     "train": ("lr_decay_steps", "micro_batch_tokens", "recompute_num_layers"),
     "checkpoint": ("keep_last",),
@@ -112,6 +113,7 @@ _NOT_NEGATIVE = {
     ),
     "data": ("seed",),
     "sampling": ("temperature", "top_k"),
+    "rollout": ("over_sampling_prompts",),
     "rl": (
         "clip_ratio_low",
         "clip_ratio_high",
@@ -202,6 +204,30 @@ def _batch(cfg: RunConfig) -> Iterator[str]:
             f"rollout.cache_tokens({r.cache_tokens}) is less than one sequence, which could never end: "
             f"data.max_prompt_tokens({cfg.data.max_prompt_tokens}) + sampling.max_new_tokens("
             f"{cfg.sampling.max_new_tokens}) = {longest} tokens. Set rollout.cache_tokens={longest} or more."
+        )
+
+
+def _over_sampling(cfg: RunConfig) -> Iterator[str]:
+    """Options of over-sampling, where there is something to over-sample."""
+    r, defaults = cfg.rollout, RolloutConfig()
+    if r.over_sampling_prompts and cfg.stage == "sft":
+        yield (
+            f"rollout.over_sampling_prompts={r.over_sampling_prompts}: stage=sft samples nothing that it learns from. "
+            "Set it to 0."
+        )
+    if r.over_sampling_prompts == 0:
+        for name in ("unfinished", "max_staleness"):
+            value = getattr(r, name)
+            if value != getattr(defaults, name):
+                yield (
+                    f"rollout.{name}={_yaml(value)} says what becomes of unfinished groups, and with "
+                    "rollout.over_sampling_prompts=0 every step waits for all of its groups. Set the latter above 0, "
+                    f"or rollout.{name}={_yaml(getattr(defaults, name))}."
+                )
+    elif r.unfinished == "drop" and r.max_staleness != defaults.max_staleness:
+        yield (
+            f"rollout.max_staleness={_yaml(r.max_staleness)} bounds how long groups go on, and rollout.unfinished=drop "
+            f"lets none. Set rollout.unfinished=continue, or rollout.max_staleness={_yaml(defaults.max_staleness)}."
         )
 
 
@@ -509,6 +535,6 @@ def _goes_on(cfg: RunConfig) -> bool:
     return resumes and any(Path(cfg.output_dir, "checkpoints").glob("*/checkpoint.json"))
 
 
-def _yaml(value: str | bool | None) -> str:
+def _yaml(value: str | bool | int | None) -> str:
     """Booleans and null as YAML spells them."""
     return value if isinstance(value, str) else json.dumps(value)

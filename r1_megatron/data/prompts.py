@@ -167,11 +167,15 @@ class PromptStream:
             )
         self._position = state["position"]
 
-    def _next(self) -> Prompt:
-        num, position = len(self._prompts), self._position
-        self._position += 1
+    def at(self, position: int) -> Prompt:
+        """The prompt of a place in the stream, taken or not."""
+        num = len(self._prompts)
         chosen = epoch_order(num, self._seed, position // num)[position % num] if self._shuffle else position % num
         return dataclasses.replace(self._prompts[chosen], index=position)
+
+    def _next(self) -> Prompt:
+        self._position += 1
+        return self.at(self._position - 1)
 
 
 @functools.lru_cache(maxsize=4)

@@ -44,6 +44,7 @@ from r1_megatron.rollout.cache import PAGE_SIZE, TokenCache
 from r1_megatron.rollout.coupling import Coupling
 from r1_megatron.rollout.in_flight import InFlight, RolloutStopped
 from r1_megatron.rollout.pipeline import Pipeline
+from r1_megatron.rollout.race import RACE_ROUNDS, Race
 from r1_megatron.rollout.requests import Call, check_call, make_requests
 from r1_megatron.rollout.sampler import group_gather, position_keys, sample_tokens
 from r1_megatron.rollout.scheduler import SAMPLES_PER_PROMPT_LIMIT, Scheduler, StepPlan
@@ -157,6 +158,7 @@ class Engine:
         policy_version: int = 0,
         stop: Callable[[], bool] | None = None,
         in_flight: Sequence[InFlight] = (),
+        race: Race | None = None,
     ) -> list[list[Rollout]]:
         """Samples of each prompt, in order.
 
@@ -169,6 +171,9 @@ class Engine:
             in_flight: what :class:`RolloutStopped` brought from a stopped call with the same arguments and weights, of
                 these prompts; the layout may be another one. Finished samples are answered as they are, unfinished ones
                 go on: the same tokens follow, log-probabilities so far are kept.
+            race: answer the groups that are done first and stop drawing then. All ranks of the job give it or none
+                does. A loser's samples are an empty list, and what is to go on of them is left in ``race.rest``;
+                ``in_flight`` may then hold sequences that earlier calls left there, with other weights.
 
         Raises:
             ValueError: a prompt, an option or a sequence in flight is out of place; raised before anything runs.
@@ -176,7 +181,7 @@ class Engine:
             RolloutStopped: it stopped with work left; it carries the sequences. The cache is given back.
         """
         routing_shape = (self.moe_layers, self.config.moe_router_topk) if self.record_routing else None
-        call = Call(prompts, samples_per_prompt, sampling, seed, policy_version, in_flight, routing_shape)
+        call = Call(prompts, samples_per_prompt, sampling, seed, policy_version, in_flight, routing_shape, race)
         check_call(call, vocab_size=self.vocab_size, max_len=self.max_len)
         stop_tokens = {self.tokenizer.eos_id, *sampling.stop_token_ids}
         scheduler = Scheduler(
@@ -191,7 +196,7 @@ class Engine:
         )
         answers = Answers(call, self.tokenizer, stop_tokens)
         with self._generating():
-            run = _Generation(self, scheduler, answers, sampling)
+            run = _Generation(self, scheduler, answers, sampling, race)
             run.run(stop)
         self.metrics = {
             **run.clock.metrics(),
@@ -200,6 +205,8 @@ class Engine:
             "rollout/cache_pages_peak": scheduler.pool.peak,
             "rollout/cache_bytes": self._cache.num_bytes if self._cache else 0,
         }
+        if race is not None:
+            race.rest, self.metrics["rollout/cancelled_num_tokens"] = answers.losers()
         return answers.rollouts
 
     def release(self) -> None:
@@ -303,9 +310,12 @@ class _Flight:
 class _Generation:
     """One call of :meth:`Engine.generate`."""
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, answers: Answers, sampling: SamplingConfig):
+    def __init__(
+        self, engine: Engine, scheduler: Scheduler, answers: Answers, sampling: SamplingConfig, race: Race | None
+    ):
         assert engine._cache is not None and engine._rotary is not None
         self.engine, self.scheduler, self.answers, self.sampling = engine, scheduler, answers, sampling
+        self.race = race
         self.groups, self.config, self.device = engine.groups, engine.config, engine.groups.device
         self.cache, (self.cos, self.sin) = engine._cache, engine._rotary
         self.flights = [_Flight(lane) for lane in range(engine.num_lanes)]
@@ -324,28 +334,40 @@ class _Generation:
         self.num_row_shards = 1 if self.walks else self.num_shards
 
     def run(self, stop: Callable[[], bool] | None) -> None:
-        """Rounds until every lane is empty; with ``stop``, in segments until that holds on all ranks of the job.
+        """Rounds until every lane is empty; with ``stop`` or a race, in segments until all ranks of the job are done.
 
         Raises:
             RolloutStopped: on all ranks, between two segments, if any rank was asked to stop and any has work left.
         """
-        if stop is None:
+        if stop is None and self.race is None:
             self._run_rounds()
         else:
+            rounds = self.engine.segment_rounds
+            if self.race is not None:
+                rounds = min(rounds, RACE_ROUNDS)
+                self._meet(stop)  # groups may have been done before
             work_left = True
             while work_left:
-                self._run_rounds(self.engine.segment_rounds)
+                self._run_rounds(rounds)
                 work_left, stopping = self._meet(stop)
                 if work_left and stopping:
                     raise RolloutStopped(self._all_in_flight())
         self.pipeline.flush()
         self.clock.charge("wait")
 
-    def _meet(self, stop: Callable[[], bool]) -> tuple[bool, bool]:
-        """Whether any rank of the job has work left, and whether any was asked to stop."""
-        anywhere = torch.tensor([int(not self.over), int(stop())], device=self.device)
+    def _meet(self, stop: Callable[[], bool] | None) -> tuple[bool, bool]:
+        """Whether any rank of the job has work left, and whether any was asked to stop.
+
+        In a race all hear which groups are done, and draw no more than that leaves to be drawn.
+        """
+        asked = stop is not None and stop()
+        anywhere = torch.tensor([int(not self.over), int(asked), *self.answers.done()], device=self.device)
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
-        work_left, stopping = anywhere.tolist()
+        work_left, stopping, *done = anywhere.tolist()
+        if self.race is not None:
+            self.race.hear(done)
+            if self.race.is_decided:
+                self.scheduler.cut(self.answers.most_tokens())
         self.clock.charge("wait")
         return bool(work_left), bool(stopping)
 

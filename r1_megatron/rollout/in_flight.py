@@ -5,15 +5,19 @@ any parallel layout, and end in the tokens they would have had. No generator's s
 hashed from (seed, request, position), so the tokens so far say where a request's stream stands. No cache is kept
 either: it is filled again by feeding the tokens so far. Requests that had not begun need nothing at all.
 
+Sequences that a step has left to the next one (`race.py`) are *carried* in the same form, and the checkpoint between
+the two has them. Their tokens were drawn by other versions of the policy than those that follow.
+
 In the checkpoint's folder, R replicas of a model with S pipeline stages write, each rank for itself::
 
     rollouts_in_flight/00000.safetensors ...                  replica: sequences one after the other
     rollouts_in_flight/routing_00000_00000.safetensors ...    replica, stage: the experts its layers chose, if recorded
 
 Sequences stand in the order of their request. Per sequence: ``request``, ``key``, ``policy_version``, ``prompt_len``,
-``num_tokens`` (int64) and ``finish`` (int8: 0 on its way, 1 stop, 2 length); all sequences end to end: ``tokens``
-(int32, prompt included), ``logprobs`` (float32, of the response); in the files of routing ``request`` and, for each
-layer, ``layer.<number>`` (uint8 or int16 ``[fed tokens, topk]``, all tokens but each sequence's last).
+``num_tokens``, ``num_carried`` (int64) and ``finish`` (int8: 0 on its way, 1 stop, 2 length); all sequences end to end:
+``tokens`` (int32, prompt included), ``logprobs`` (float32, of the response), ``carried_versions`` (int32); in the files
+of routing ``request`` and, for each layer, ``layer.<number>`` (uint8 or int16 ``[fed tokens, topk]``, all tokens but
+each sequence's last). Older files have neither ``num_carried`` nor ``carried_versions``: nothing was carried then.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +61,8 @@ class InFlight:
         policy_version: optimizer steps that the sampling weights had taken.
         routed_experts: by global number (from 0) of a mixture-of-experts layer, uint8 or int16 ``[num_tokens - 1,
             topk]``: the experts of the fed tokens. Layers of this pipeline stage; ``None`` if not recorded.
+        carried_versions: int32 ``[num_carried]``, which policy version drew each of the first tokens, those of earlier
+            steps. The others were drawn by ``policy_version``.
     """
 
     request: int
@@ -67,6 +73,7 @@ class InFlight:
     finish: FinishReason | None
     policy_version: int
     routed_experts: dict[int, np.ndarray] | None = None
+    carried_versions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
     @property
     def prompt_index(self) -> int:
@@ -75,6 +82,47 @@ class InFlight:
     @property
     def num_response(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def num_carried(self) -> int:
+        """Response tokens that were drawn in earlier steps."""
+        return len(self.carried_versions)
+
+    @property
+    def num_drawn(self) -> int:
+        """Response tokens that were drawn in this step."""
+        return self.num_response - self.num_carried
+
+    @property
+    def versions(self) -> np.ndarray:
+        """Int32 ``[num_response]``, the policy version that drew each token."""
+        return token_versions(self.carried_versions, self.num_response, self.policy_version)
+
+    def cut(self, num_drawn: int) -> InFlight:
+        """With so many tokens of this step at most, of which there is more to draw then; one has to stay in all."""
+        if self.num_drawn <= num_drawn:
+            return self
+        num_response = self.num_carried + num_drawn
+        assert num_response >= 1, "a sequence in flight has drawn a token"
+        num_tokens = self.prompt_len + num_response
+        experts = self.routed_experts
+        return replace(
+            self,
+            tokens=self.tokens[:num_tokens],
+            logprobs=self.logprobs[:num_response],
+            finish=None,
+            routed_experts=experts and {layer: rows[: num_tokens - 1] for layer, rows in experts.items()},
+        )
+
+    def carried(self) -> InFlight:
+        """As the next step finds it: nothing of it is drawn in that step."""
+        return replace(self, carried_versions=self.versions)
+
+
+def token_versions(carried: np.ndarray, num_response: int, policy_version: int) -> np.ndarray:
+    """Int32 ``[num_response]``: the versions of the carried tokens, and the present one of all that follow."""
+    present = np.full(max(num_response - len(carried), 0), policy_version, dtype=np.int32)
+    return np.concatenate([carried, present])
 
 
 class RolloutStopped(Exception):
@@ -111,9 +159,11 @@ def save_in_flight(folder: str | Path, rollouts: Sequence[InFlight], groups: Pro
             "policy_version": np.array([rollout.policy_version for rollout in rollouts], dtype=np.int64),
             "prompt_len": np.array([rollout.prompt_len for rollout in rollouts], dtype=np.int64),
             "num_tokens": np.array([len(rollout.tokens) for rollout in rollouts], dtype=np.int64),
+            "num_carried": np.array([rollout.num_carried for rollout in rollouts], dtype=np.int64),
             "finish": np.array([_FINISH.index(rollout.finish) for rollout in rollouts], dtype=np.int8),
             "tokens": _end_to_end([rollout.tokens for rollout in rollouts], np.int32),
             "logprobs": _end_to_end([rollout.logprobs for rollout in rollouts], np.float32),
+            "carried_versions": _end_to_end([rollout.carried_versions for rollout in rollouts], np.int32),
         }
         _write(place / f"{replica:05d}.safetensors", arrays, metadata)
     if groups.tp_rank == 0 and rollouts and rollouts[0].routed_experts:
@@ -199,6 +249,10 @@ class _Table:
     def __init__(self, file: Any):
         self._file = file
         columns = {name: _whole(file, name, dtype) for name, dtype in _PER_SEQUENCE.items()}
+        has_carried = "num_carried" in file.keys()  # noqa: SIM118
+        columns["num_carried"] = (
+            _whole(file, "num_carried", "I64") if has_carried else np.zeros_like(columns["request"])
+        )
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise _Damaged(f"it does not hold the same number of sequences throughout: {lengths}")
@@ -210,6 +264,7 @@ class _Table:
         for name, wrong in (
             ("prompt_len", columns["prompt_len"] < 1),
             ("num_tokens", (num_response < 1) | (self.num_tokens > all_tokens)),
+            ("num_carried", (columns["num_carried"] < 0) | (columns["num_carried"] > num_response)),
             ("finish", (columns["finish"] < 0) | (columns["finish"] >= len(_FINISH))),
         ):
             if wrong.any():
@@ -220,11 +275,16 @@ class _Table:
                 f"its sequences have {self.num_tokens.sum()} tokens, {num_response.sum()} of them drawn, "
                 f"but it holds {all_tokens} tokens and {all_drawn} log-probabilities"
             )
-        self._ends = np.cumsum(self.num_tokens), np.cumsum(num_response)
+        self._carried = _whole(file, "carried_versions", "I32") if has_carried else np.zeros(0, dtype=np.int32)
+        if columns["num_carried"].sum() != len(self._carried):
+            raise _Damaged(
+                f"{columns['num_carried'].sum()} of its tokens are carried, but it holds {len(self._carried)} versions"
+            )
+        self._ends = np.cumsum(self.num_tokens), np.cumsum(num_response), np.cumsum(columns["num_carried"])
 
     def sequence(self, i: int, routed_experts: dict[int, np.ndarray] | None) -> InFlight:
         number = {name: int(column[i]) for name, column in self._columns.items()}
-        end, end_drawn = (int(ends[i]) for ends in self._ends)
+        end, end_drawn, end_carried = (int(ends[i]) for ends in self._ends)
         num_response = number["num_tokens"] - number["prompt_len"]
         return InFlight(
             request=number["request"],
@@ -235,6 +295,7 @@ class _Table:
             finish=_FINISH[number["finish"]],
             policy_version=number["policy_version"],
             routed_experts=routed_experts,
+            carried_versions=self._carried[end_carried - number["num_carried"] : end_carried],
         )
 
 

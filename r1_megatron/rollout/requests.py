@@ -9,6 +9,7 @@ import numpy as np
 
 from r1_megatron.config.schema import SamplingConfig
 from r1_megatron.rollout.in_flight import InFlight
+from r1_megatron.rollout.race import Race
 from r1_megatron.rollout.sampler import check_sampling, request_key
 from r1_megatron.rollout.scheduler import SAMPLES_PER_PROMPT_LIMIT, Request
 from r1_megatron.types import Prompt
@@ -30,6 +31,7 @@ class Call:
     policy_version: int = 0
     in_flight: Sequence[InFlight] = ()
     routing_shape: tuple[Sequence[int], int] | None = None
+    race: Race | None = None
 
 
 def make_requests(call: Call) -> list[Request]:
@@ -113,8 +115,11 @@ def _conflicts(rollout: InFlight, prompt: Prompt, call: Call) -> Iterator[str]:
         yield f"begins with other tokens than prompt {prompt.index}"
     if rollout.key != request_key(call.seed, rollout.request):
         yield f"was drawn with another seed than {call.seed}"
-    if rollout.policy_version != call.policy_version:
-        yield f"was drawn by version {rollout.policy_version} of the policy, this is version {call.policy_version}"
+    drawn_by = rollout.versions
+    if (drawn_by[rollout.num_carried :] != call.policy_version).any() or (drawn_by > call.policy_version).any():
+        yield f"was drawn by version {drawn_by.max()} of the policy, this is version {call.policy_version}"
+    if rollout.num_carried and call.race is None:
+        yield f"has {rollout.num_carried} tokens of earlier steps (rollout.over_sampling_prompts is 0)"
     limit = call.sampling.max_new_tokens
     if rollout.num_response > limit - (rollout.finish is None):
         state = "on its way" if rollout.finish is None else "finished"

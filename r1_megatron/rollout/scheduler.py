@@ -30,7 +30,7 @@ sequence of ``max_len``.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -253,6 +253,25 @@ class Scheduler:
             self.lanes[lane][:] = [row for row in self.lanes[lane] if row not in ended]
         return finished
 
+    def cut(self, most_tokens: Callable[[Request], int]) -> None:
+        """Let requests draw no more than so many tokens, those of ``response`` among them; between two forwards.
+
+        Those in the queue that have as many are forgotten. A sequence in flight that has as many draws its next token,
+        which may be under way, and ends with it.
+        """
+        for row, request in self._requests.items():
+            most = min(request.max_new_tokens, most_tokens(request))
+            self._requests[row] = replace(request, max_new_tokens=most)
+            self._limit[row] = self._prompt_len[row] + most
+        queue = list(self.queue)
+        self.queue.clear()
+        for request in queue:
+            most = min(request.max_new_tokens, most_tokens(request))
+            if most > len(request.response):
+                self.queue.append(replace(request, max_new_tokens=most))
+            elif request.is_new:
+                self._forget_waiting(request.prompt_number)
+
     def sequences(self) -> list[Live]:
         """Those in flight that have drawn tokens and whose past is in the cache; between two steps of their lane."""
         return [self._told(row) for lane in self.lanes for row in lane if self._draws(row)]
@@ -442,6 +461,14 @@ class Scheduler:
         """Keep one prompt less for samples that wait: the one that was fed last. The next of them feeds it again."""
         _, pages = self._prompts.popitem()
         self.pool.release(pages)
+
+    def _forget_waiting(self, number: int) -> None:
+        """One sample less waits for the prompt; nothing is kept for none."""
+        self._waiting[number] -= 1
+        if not self._waiting[number]:
+            self._feeders.pop(number, None)
+            if number in self._prompts:
+                self.pool.release(self._prompts.pop(number))
 
     def _draws(self, row: int) -> bool:
         """Whether the sequence has drawn a token and feeds but the last one next."""

@@ -20,6 +20,7 @@ from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.parallel.rank import stop_requested
 from r1_megatron.rollout.engine import Engine
 from r1_megatron.rollout.in_flight import InFlight, load_in_flight, save_in_flight
+from r1_megatron.stages.carry import Carry
 from r1_megatron.telemetry.run_folder import CHECKPOINTS
 from r1_megatron.telemetry.writers import RunLog
 from r1_megatron.train.policy import Policy
@@ -46,6 +47,7 @@ class RunCheckpoints:
             checkpoint's folder, until what was in flight has been taken from it.
         finished_steps: a checkpoint is of the place after this step.
         evaluation: results on held-out prompts after that step, empty without.
+        carry: groups that go on in the next step, where the stage has any.
     """
 
     cfg: RunConfig
@@ -58,6 +60,7 @@ class RunCheckpoints:
     start: Path | None = None
     finished_steps: int = 0
     evaluation: dict[str, float] = field(default_factory=dict)
+    carry: Carry | None = None
     _tracked: dict[str, Resumable] = field(default_factory=dict)
 
     @property
@@ -75,6 +78,14 @@ class RunCheckpoints:
             part.restore(self.resumed["state"][name])
         self._tracked[name] = part
         return part
+
+    def track_carry(self, carry: Carry) -> Carry:
+        """The same, and keep its sequences; `rollouts_in_flight` gives those back."""
+        self.carry = carry
+        if "carry" in self.resumed.get("state", {}):  # else nothing could be carried yet
+            carry.restore(self.resumed["state"]["carry"])
+        self._tracked["carry"] = carry
+        return carry
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to be done, after those that the checkpoint has."""
@@ -115,11 +126,15 @@ class RunCheckpoints:
             # One entry per stop in this rollout: of two checkpoints of a step the one with more of them is newer.
             description["rollouts_in_flight"] = [*self._earlier_stops(), self._count(in_flight)]
 
+        sequences = in_flight
+        if in_flight is None and keeps and self.carry is not None and self.carry.has_groups:
+            sequences = self.carry.sequences
+
         def write_more(folder: Path) -> None:
             if dist.get_rank() == 0:
                 copy_origin(self.cfg.output_dir, folder)
-            if in_flight is not None:
-                save_in_flight(folder, in_flight, self.groups)
+            if sequences is not None:
+                save_in_flight(folder, sequences, self.groups)
 
         self._announce(self.writer.finish())
         with policy.gathered():
@@ -161,18 +176,25 @@ class RunCheckpoints:
             self._announce(self.writer.finish())
 
     def rollouts_in_flight(self, prompts: Sequence[Prompt], mine: Sequence[Prompt]) -> list[InFlight]:
-        """What the run was stopped with in the rollout that now comes first; empty for every later one.
+        """What the step's rollout goes on with: what is carried and, if it is the one that the run was stopped in, all
+        that it had drawn by then.
 
         ``prompts`` are the step's, ``mine`` this replica's of them.
         """
         folder, self.start = self.start, None
-        stops = self._earlier_stops()
-        if folder is None or not stops or self.cfg.checkpoint.rollouts_in_flight == "restart":
-            return []
-        self.log.note("the rollout goes on: {begun} of its sequences had begun, {finished} ended".format(**stops[-1]))
+        stops, carry = self._earlier_stops(), self.carry
+        assert carry is not None, "track_carry() comes first"
+        continues = bool(stops) and self.cfg.checkpoint.rollouts_in_flight == "continue"
+        if folder is None or not (carry.has_groups or continues):
+            return carry.sequences
         layers = self.engine.moe_layers if self.engine.record_routing else ()
         indices = {prompt.index for prompt in mine}
-        return load_in_flight(folder, prompts, indices, vocab_size=self.cfg.model.vocab_size, layers=layers)
+        begun = load_in_flight(folder, prompts, indices, vocab_size=self.cfg.model.vocab_size, layers=layers)
+        carry.sequences = [rollout.cut(0) for rollout in begun if rollout.num_carried]
+        if not continues:
+            return carry.sequences
+        self.log.note("the rollout goes on: {begun} of its sequences had begun, {finished} ended".format(**stops[-1]))
+        return begun
 
     def _earlier_stops(self) -> list[dict[str, int]]:
         return self.resumed.get("rollouts_in_flight", []) if self.resumed.get("step") == self.finished_steps else []

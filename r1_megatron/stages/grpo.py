@@ -2,9 +2,10 @@
 
     r1-megatron train examples/chain_sum_zero_ep2.yaml
 
-All ranks run this file in step. A step's prompts are cut into ``rl.num_minibatches`` blocks and each block is dealt
-round robin to the data-parallel replicas, so the minibatches are the same under every layout. That is who samples;
-training deals a minibatch's sequences anew, by their work (`data/balance.py`).
+All ranks run this file in step. A step's prompts are dealt to the data-parallel replicas, which sample them
+(`stages/carry.py`). With over-sampling it learns from those that are done first, and the others go on in the next step.
+What is learned from is cut into ``rl.num_minibatches`` blocks, the same under every layout; training deals a
+minibatch's sequences anew, by their work (`data/balance.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from r1_megatron.rl.credit import assign_credit, count_loss
 from r1_megatron.rl.select import apply_overlong_penalty, select_groups
 from r1_megatron.rl.weights import LossCounts
 from r1_megatron.rollout.in_flight import RolloutStopped
+from r1_megatron.stages.carry import Carry, StepGroups
 from r1_megatron.stages.evaluate import end_step, evaluate_at_start
 from r1_megatron.stages.grading import grade
 from r1_megatron.stages.setup import Run, open_run
@@ -41,6 +43,7 @@ def run(cfg: RunConfig) -> None:
     """Sample, grade, credit, learn. Each line enters one room."""
     with open_run(cfg) as run:
         prompts = run.checkpoints.track("prompts", PromptStream(run.train_prompts, cfg.data.seed, cfg.data.shuffle))
+        carry = run.checkpoints.track_carry(Carry(cfg.rollout, run.groups.topology.dp))
         objective = PolicyObjective(cfg.rl, cfg.sampling.temperature)
         if not run.checkpoints.resumed:
             refresh_reference(run, step=0)
@@ -50,20 +53,21 @@ def run(cfg: RunConfig) -> None:
             before = prompts.state()
             try:
                 with run.log.clock("rollout"):
-                    taken = prompts.take(cfg.rollout.prompts_per_step)
-                    blocks = deal(taken, run)
-                    rollouts = generate(run, taken, blocks)
+                    groups = carry.start(prompts, step)
+                    rollouts = generate(run, groups)
+                    carry.settle(groups, step)
             except RolloutStopped as stopped:
                 prompts.restore(before)
                 run.checkpoints.save_in_rollout(stopped.rollouts)
                 break
             with run.log.clock("reward"):
+                blocks = groups.blocks(cfg.rl.num_minibatches, run.groups.dp_rank)
                 graded = grade_blocks(run, blocks, rollouts, report)
             with run.log.clock("annotate"):
                 minibatches = annotate(run, assign(run, graded, report))
             with run.log.clock("train"):
                 results = learn(run, step, minibatches, objective)
-            metrics = report.metrics(graded, minibatches, results)
+            metrics = report.metrics(graded, minibatches, results) | carry.metrics
             run.log.samples(step, report.sample_rows(graded))
             run.log.write(step, metrics)
             check_rollout_match(run, step, metrics)
@@ -72,33 +76,27 @@ def run(cfg: RunConfig) -> None:
                 break
 
 
-def deal(prompts: Sequence[Prompt], run: Run) -> list[list[Prompt]]:
-    """This replica's prompts of each minibatch: contiguous blocks of the step, dealt round robin."""
-    dp, dp_rank, blocks = run.groups.topology.dp, run.groups.dp_rank, run.cfg.rl.num_minibatches
-    size = len(prompts) // blocks
-    return [list(prompts[b * size : (b + 1) * size])[dp_rank::dp] for b in range(blocks)]
-
-
-def generate(run: Run, prompts: Sequence[Prompt], blocks: Sequence[Sequence[Prompt]]) -> list[list[Rollout]]:
-    """Samples of every prompt of this replica, block by block; ``prompts`` are the whole step's.
+def generate(run: Run, groups: StepGroups) -> list[list[Rollout]]:
+    """This replica's samples that are learned from, group by group in prompt order.
 
     Raises:
         RolloutStopped: a rank was asked to end.
     """
-    flat = [prompt for block in blocks for prompt in block]
+    mine = groups.of(run.groups.dp_rank)
     with run.policy.sampling():
         rollouts = run.engine.generate(
-            flat,
+            mine,
             run.cfg.rollout.samples_per_prompt,
             run.cfg.sampling,
             seed=run.cfg.seed,
             policy_version=run.policy.version,
             stop=stop_requested,
-            in_flight=run.checkpoints.rollouts_in_flight(prompts, flat),
+            in_flight=run.checkpoints.rollouts_in_flight(groups.prompts, mine),
+            race=groups.race,
         )
     if run.groups.device.type == "cuda":
         run.engine.release()  # the cache's memory is training's now
-    return rollouts
+    return [group for group in rollouts if group]
 
 
 def grade_blocks(

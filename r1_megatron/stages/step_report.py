@@ -84,6 +84,10 @@ class StepReport:
         mine.distribution("prompt_length", [rollout.prompt_len for rollout in rollouts], ("mean", "max"))
         for rollout in rollouts:
             mine.mean("response_length/clip_ratio", rollout.finish == "length")
+            if rollout.versions is not None:
+                age = rollout.policy_version - rollout.versions
+                mine.mean("rollout/stale_tokens_fraction", float((age > 0).mean()), weight=rollout.num_response)
+                mine.max("rollout/staleness_max", float(age.max()))
         mine.sum("rl/dropped_groups", self.num_dropped)
         mine.sum("reward/failed", self.num_failed)
         mine.sum("perf/total_num_tokens", sum(len(rollout.tokens) for rollout in rollouts))

@@ -14,7 +14,8 @@ Names, where other trainers' dashboards have one, are theirs:
 ``actor/{ppo_kl,pg_clipfrac,entropy}``          old-policy KL, share of clipped tokens, mean entropy in nats
 ``actor/{grad_norm,lr}``                        before clipping; learning rate of the step
 ``response_length/{mean,max,clip_ratio}``       tokens; share of rollouts cut at ``max_new_tokens``
-``training/rollout_probs_diff_{mean,max}``      |training - rollout| probability of the sampled tokens
+``training/rollout_probs_diff_{mean,max}``      |training - rollout| probability of the tokens that the present version
+                                                of the policy sampled
 ``training/rollout_logprobs_diff_{mean,max}``   the same of their log-probabilities, in nats
 ``timing_s/{rollout,reward,annotate,train,...}`` seconds; ``timing_s/step`` is the whole step
 ``perf/throughput``                             tokens per second, all ranks together
@@ -27,6 +28,12 @@ Names, where other trainers' dashboards have one, are theirs:
 ``train/{updates,skipped_updates}``             optimizer steps made; steps passed over for NaN or Inf
 ``reward/<term>/mean``, ``reward/failed``       each reward term before weights; completions a reward failed on
 ``rl/dropped_groups``                           groups without variance that were left out
+``rollout/{carried,cancelled,expired}_groups``  with over-sampling, groups that go on in the next step; that are thrown
+                                                away; of the latter those that have gone on for too long
+``rollout/finish_length``                       tokens of this step in the longest sample that is learned from
+``rollout/cancelled_num_tokens``                tokens that were drawn in vain
+``rollout/stale_tokens_fraction``               of the response tokens that are learned from, those that earlier
+                                                versions of the policy drew; ``staleness_max``: how many versions ago
 ``rollout/*``                                   what the engine says of itself: tokens, forwards, seconds, cache bytes
 ``eval/<name>``                                 results on held-out prompts; the report tabulates them
 =============================================== ==================================================================

@@ -62,13 +62,13 @@ def test_a_dense_student(tmp_path: Path):
 
 
 def test_uneven_deals_are_said(tmp_path: Path):
-    """6 prompts, 2 minibatches of 3, 2 ranks: one rank gets 2 + 2, the other 1 + 1."""
+    """7 prompts, of which 6 are learned from, 2 ranks: one rank gets 4, the other 3."""
     path = tmp_path / "run.yaml"
     path.write_text("")
     cfg = load_config(
         path,
         [
-            "rollout={prompts_per_step: 6, samples_per_prompt: 2, max_sequences: 3}",
+            "rollout={prompts_per_step: 6, over_sampling_prompts: 1, samples_per_prompt: 2, max_sequences: 3}",
             "rl.num_minibatches=2",
             "rl.inner_epochs=3",
             "parallel={tensor_model_parallel_size: 2, data_parallel_size: 2, pipeline_model_parallel_size: 2}",
@@ -84,7 +84,9 @@ def test_uneven_deals_are_said(tmp_path: Path):
         "interleaving vpp(2) model chunks on every pipeline rank",
         "sequence parallel on, because tp > 1",
         "pp rank 0 embedding, layers 0 + 2; 138 k parameters a rank",  # 130 * 64 + 32,976 + 96,464 = 137,760
-        "per dp rank 2 or 4 prompts, at most 8 samples of 200 tokens",
+        "samples 7 prompts * 2 samples = 14; the 6 groups that are done first are learned from, the others go on in "
+        "the next step",
+        "per dp rank 3 or 4 prompts, at most 8 samples of 200 tokens",
         "in flight 3 sequences per dp rank (rollout.max_sequences=3)",
         "cache per rank (kv_lora 32 + rope 16) * 4 bytes * 2 layers * 3 sequences * 25 tokens = 28.1 KiB at most",
         "per dp rank the sequences are dealt to dp(2) by their work",

@@ -43,6 +43,10 @@ def begun(seed: int = 3) -> list[InFlight]:
                         for stage in STAGES
                         for layer in stage
                     },
+                    # Every other sample is carried, some or all of it.
+                    carried_versions=rng.integers(3, 9, rng.integers(0, len(tokens) - len(prompt.tokens) + 1), np.int32)
+                    if sample
+                    else np.zeros(0, np.int32),
                 )
             )
     return rollouts
@@ -74,7 +78,7 @@ def assert_equal(one: list[InFlight], two: list[InFlight], layers: list[int]) ->
     assert [rollout.request for rollout in one] == [rollout.request for rollout in two]
     for a, b in zip(one, two):
         assert (a.key, a.prompt_len, a.finish, a.policy_version) == (b.key, b.prompt_len, b.finish, b.policy_version)
-        for x, y in [(a.tokens, b.tokens), (a.logprobs, b.logprobs)]:
+        for x, y in [(a.tokens, b.tokens), (a.logprobs, b.logprobs), (a.carried_versions, b.carried_versions)]:
             assert x.dtype == y.dtype and np.array_equal(x, y)
         assert list(b.routed_experts or {}) == layers
         for layer in layers:
@@ -99,6 +103,31 @@ def test_read_back_by_any_layout(tmp_path: Path, dp: int) -> None:
     for mine, layers in (([0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]), ([0, 2, 4], [1, 2]), ([5], [6, 3]), ([1, 3], [])):
         wanted = [rollout for rollout in rollouts if rollout.prompt_index in mine]
         assert_equal(wanted, load(tmp_path, mine, layers=layers), layers)
+
+
+def test_what_is_kept_of_a_step() -> None:
+    """So many tokens of this step, all of those before; what was cut has not ended."""
+    rollouts = begun()
+    assert len({one.num_carried for one in rollouts}) > 2 and max(one.num_drawn for one in rollouts) > 3
+    for one in rollouts:
+        for num_drawn in range(0 if one.num_carried else 1, 8):
+            kept = one.cut(num_drawn)
+            num_response = min(one.num_response, one.num_carried + num_drawn)
+            assert (kept.num_response, kept.num_carried) == (num_response, one.num_carried)
+            assert kept.tokens.tolist() == one.tokens[: one.prompt_len + num_response].tolist()
+            assert kept.logprobs.tolist() == one.logprobs[:num_response].tolist()
+            assert all(len(rows) == len(kept.tokens) - 1 for rows in (kept.routed_experts or {}).values())
+            assert kept.finish == (one.finish if num_response == one.num_response else None)
+            later = kept.carried()
+            assert later.num_drawn == 0 and later.versions.tolist() == one.versions[:num_response].tolist()
+            assert later.versions.tolist() == [*one.carried_versions, *[9] * kept.num_drawn]
+
+
+def test_files_from_before_anything_was_carried(tmp_path: Path) -> None:
+    rollouts = [replace(one, carried_versions=np.zeros(0, np.int32)) for one in begun()]
+    save(tmp_path, rollouts, dp=1)
+    change(tmp_path / FOLDER / "00000.safetensors", num_carried=None, carried_versions=None)
+    assert_equal(rollouts, load(tmp_path), [])
 
 
 def test_a_checkpoint_between_steps_has_none(tmp_path: Path) -> None:
@@ -144,6 +173,12 @@ def test_what_does_not_add_up_is_named(tmp_path: Path) -> None:
         (main, f"request {request} cannot have finish=3", array("finish", 3)),
         (main, f"request {request} cannot have prompt_len=0", array("prompt_len", 0)),
         (main, f"request {request} cannot have num_tokens=2", array("num_tokens", 2)),
+        (main, f"request {request} cannot have num_carried=99", array("num_carried", 99)),
+        (
+            main,
+            "are carried, but it holds 50 versions",
+            lambda path: change(path, carried_versions=np.zeros(50, np.int32)),
+        ),
         (main, f"but it holds {sizes[0] - 1} tokens", lambda path: change(path, tokens=load_file(path)["tokens"][1:])),
         (main, "request 0 stands in it twice or in another file as well", array("request", 0)),
         (main, "request 9437184 samples prompt 9; this step has prompts 0, 1, 2, 3, 4, ...", array("request", 9 << 20)),

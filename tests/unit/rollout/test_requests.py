@@ -10,6 +10,7 @@ import pytest
 
 from r1_megatron.config.schema import SamplingConfig
 from r1_megatron.rollout.in_flight import InFlight
+from r1_megatron.rollout.race import Race
 from r1_megatron.rollout.requests import Call, check_call, make_requests
 from r1_megatron.rollout.sampler import request_key
 from r1_megatron.types import Prompt
@@ -78,6 +79,25 @@ def test_a_sequence_of_another_call_is_refused(change: dict[str, Any], text: str
     with pytest.raises(ValueError, match="cannot resume the rollouts in flight: request ") as refusal:
         check(replace(BEGUN, **change))
     assert text in str(refusal.value)
+
+
+def test_tokens_of_earlier_versions_are_carried_where_groups_race() -> None:
+    carried = replace(BEGUN, carried_versions=np.array([1], dtype=np.int32))
+    race = Race([4, 6], 1, keeps_rest=True)
+    check(carried, race=race)
+    check(carried.carried(), race=race, policy_version=3)
+    for begun, changes, text in (
+        (carried, {}, "has 1 tokens of earlier steps (rollout.over_sampling_prompts is 0)"),
+        (carried, {"policy_version": 3, "race": race}, "was drawn by version 2 of the policy, this is version 3"),
+        (
+            carried.carried(),
+            {"policy_version": 1, "race": race},
+            "was drawn by version 2 of the policy, this is version 1",
+        ),
+    ):
+        with pytest.raises(ValueError, match="cannot resume the rollouts in flight: request ") as refusal:
+            check(begun, **changes)
+        assert text in str(refusal.value)
 
 
 def test_a_sequence_at_its_limit_is_finished_or_refused() -> None:

@@ -362,3 +362,39 @@ def test_a_lane_that_ends_early_takes_from_the_queue_first() -> None:
             served[lane] += [lanes.request(row).request for row in plan.sequences.tolist()]
             answer(lanes, lane, plan, [9] * plan.num_sampled)
     assert served == [[0] * 9, [1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("seed", range(25))
+def test_less_may_be_drawn_than_was_asked_for(seed: int, tight: bool) -> None:
+    """Limits fall while sequences are on their way: each draws what it may, and one token more at most."""
+    rng = np.random.default_rng(200 + seed)
+    requests = random_requests(rng, num_prompts=int(rng.integers(1, 9)))
+    most = {request.request: request.max_new_tokens for request in requests}
+    shape = random_shape(rng, tight)
+    lanes = scheduler(requests, **shape)
+    driver = Driver(lanes, shape["page_size"])
+    begin, seen = driver.begin, dict.fromkeys(most, 0)
+
+    def cut_now_and_then(lane: int) -> StepPlan:
+        if lane == 0 and rng.random() < 0.3:
+            for row in (row for live in lanes.lanes for row in live):
+                name = lanes.request(row).request
+                seen[name] = max(seen[name], int(lanes._length[row] - lanes._prompt_len[row]))
+            for name in most.keys() - driver.answers.keys():
+                most[name] = min(most[name], int(rng.integers(0, 25)))
+            lanes.cut(lambda request: most[request.request])
+        return begin(lane)
+
+    driver.begin = cut_now_and_then
+    answers = driver.run()
+    expected = {request.request: alone(request) for request in requests}
+    prompts = {request.request: len(request.prompt) for request in requests}
+    for name, tokens in expected.items():
+        may = prompts[name] + most[name]
+        if name not in answers:
+            assert most[name] == 0 or len(tokens) > may, "only what may draw nothing more is forgotten"
+            continue
+        assert answers[name] == tokens[: len(answers[name])]
+        assert len(answers[name]) >= min(len(tokens), may)
+        assert len(answers[name]) <= max(may, prompts[name] + seen[name]) + 1
