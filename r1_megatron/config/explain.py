@@ -155,7 +155,8 @@ def _rollout_lines(cfg: RunConfig, topology: Topology, stages: tuple[tuple[Chunk
     share = _Share(prompts, topology.dp)
     per_rank = share.most * r.samples_per_prompt
     at_once = min(r.max_sequences, per_rank)
-    layers = max(sum(len(c.layers) for c in chunks) for chunks in stages)
+    drafting = bool(r.speculative_tokens)
+    layers = max(sum(len(c.layers) + (drafting and c.mtp > 0) for c in chunks) for chunks in stages)
     if m.is_dense_student:
         groups = m.query_groups // topology.tp
         width, parts = 2 * groups * m.channels_per_head, f"2 * {groups} heads * {m.channels_per_head}"

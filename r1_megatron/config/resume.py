@@ -27,6 +27,7 @@ _FREE = (
     "rollout.cache_tokens",
     "rollout.max_prefill_tokens",
     "rollout.pipeline_groups",
+    "rollout.speculative_tokens",
     "train.steps",
     "train.use_distributed_optimizer",
     "train.overlap_grad_reduce",

@@ -204,6 +204,10 @@ class RolloutConfig:
     # 2512.02556, section 3.1). Otherwise rounding decides near ties of the router, on each side for itself. null: where
     # the model has experts.
     router_replay: bool | None = None
+    # Tokens that the multi-token-prediction layer drafts behind each drawn one, for the next forward to confirm: 0 or 1
+    # (DeepSeek-V3, arXiv 2412.19437, section 2.2). The samples stay the same; rollout/draft_acceptance and
+    # rollout/tokens_per_s say whether it pays.
+    speculative_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ _NOT_NEGATIVE = {
     ),
     "data": ("seed",),
     "sampling": ("temperature", "top_k"),
-    "rollout": ("over_sampling_prompts",),
+    "rollout": ("over_sampling_prompts", "speculative_tokens"),
     "rl": (
         "clip_ratio_low",
         "clip_ratio_high",

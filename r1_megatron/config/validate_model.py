@@ -11,6 +11,7 @@ def model_problems(cfg: RunConfig) -> Iterator[str]:
     """A sentence per problem: the formula, the values, the remedy."""
     yield from _dense_student(cfg) if cfg.model.is_dense_student else _deepseek_v3(cfg)
     yield from _model_on_ranks(cfg)
+    yield from _drafts(cfg)
 
 
 def _deepseek_v3(cfg: RunConfig) -> Iterator[str]:
@@ -129,3 +130,23 @@ def _model_on_ranks(cfg: RunConfig) -> Iterator[str]:
         )
     if m.moe_ffn_hidden_size % etp:
         yield f"model.moe_ffn_hidden_size({m.moe_ffn_hidden_size}) does not divide over etp({etp})."
+
+
+def _drafts(cfg: RunConfig) -> Iterator[str]:
+    """Speculative decoding drafts with the first multi-token-prediction layer, on the stage that draws."""
+    drafts, m, layout = cfg.rollout.speculative_tokens, cfg.model, cfg.parallel.pipeline_model_parallel_layout
+    if drafts > 1:
+        yield (
+            f"rollout.speculative_tokens={drafts} is more than the one token that a multi-token-prediction layer is "
+            "trained to draft behind a drawn one. Set it to 1."
+        )
+    if drafts and m.mtp_num_layers < 1:
+        yield (
+            f"rollout.speculative_tokens={drafts}, but model.mtp_num_layers={m.mtp_num_layers}: there is no layer to "
+            "draft with. Set it to 0, or use a model with multi-token prediction."
+        )
+    elif drafts and layout is not None and "m" not in layout.rsplit("|", 1)[-1]:
+        yield (
+            f"rollout.speculative_tokens={drafts}, but parallel.pipeline_model_parallel_layout={layout} places m (MTP) "
+            "before the last stage: drafts are made where tokens are drawn. Move every m beside L."
+        )

@@ -49,7 +49,7 @@ class Walk:
     def __init__(self, chunk: Any, groups: ProcessGroups, record: bool):
         self._chunk, self._groups, self._record = chunk, groups, record
         self._shards = groups.topology.tp if chunk.config.sequence_parallel else 1
-        self._layers = [_Layer.of(self, layer) for layer in chunk.decoder.layers]
+        self._layers = [self.layer(layer) for layer in chunk.decoder.layers]
         self._final_norm = chunk.decoder.final_layernorm  # of the stage that has the last layer, else None
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -60,13 +60,15 @@ class Walk:
         """``[T, H]`` through all layers, and the final norm where this chunk has it."""
         added = None
         for layer in self._layers:
-            normed, hidden = _norm(layer.attention_norm, hidden, added)
-            added = layer.attention(normed, step)
-            normed, hidden = _norm(layer.feed_forward_norm, hidden, added)
-            added = layer.feed_forward(normed, step)
+            hidden, added = layer(hidden, added, step)
         if self._final_norm is not None:
             return _norm(self._final_norm, hidden, added)[0]
         return hidden if added is None else hidden + added
+
+    def layer(self, layer: Any) -> Layer:
+        """A transformer layer of the chunk, looked up."""
+        attention, feed_forward = self.attention(layer.self_attention), self.feed_forward(layer.mlp)
+        return Layer(layer.input_layernorm, attention, layer.pre_mlp_layernorm, feed_forward)
 
     def all_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """All rows of what sequence parallelism has split."""
@@ -182,7 +184,7 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One transformer layer: norms and what stands behind them."""
 
     attention_norm: RMSNorm
@@ -190,10 +192,13 @@ class _Layer:
     feed_forward_norm: RMSNorm
     feed_forward: Part
 
-    @classmethod
-    def of(cls, walk: Walk, layer: Any) -> _Layer:
-        attention, feed_forward = walk.attention(layer.self_attention), walk.feed_forward(layer.mlp)
-        return cls(layer.input_layernorm, attention, layer.pre_mlp_layernorm, feed_forward)
+    def __call__(
+        self, stream: torch.Tensor, added: torch.Tensor | None, step: StepContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream, and what is still to be added to it, ``[T, H]`` each, before the layer and behind it."""
+        normed, stream = _norm(self.attention_norm, stream, added)
+        normed, stream = _norm(self.feed_forward_norm, stream, self.attention(normed, step))
+        return stream, self.feed_forward(normed, step)
 
 
 def _norm(norm: RMSNorm, stream: torch.Tensor, added: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

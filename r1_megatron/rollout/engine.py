@@ -35,8 +35,9 @@ import torch.distributed as dist
 
 from r1_megatron.config.schema import RunConfig, SamplingConfig
 from r1_megatron.data.tokenizers import Tokenizer
+from r1_megatron.model.drafting import drafting_layer
 from r1_megatron.model.generation import StepContext, gather_rows, pack_prompts, project
-from r1_megatron.model.routing import chunk_routers
+from r1_megatron.model.routing import all_routers, chunk_routers
 from r1_megatron.model.walk import Walk, can_walk
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rollout.answers import Answers
@@ -46,8 +47,9 @@ from r1_megatron.rollout.in_flight import InFlight, RolloutStopped
 from r1_megatron.rollout.pipeline import Pipeline
 from r1_megatron.rollout.race import RACE_ROUNDS, Race
 from r1_megatron.rollout.requests import Call, check_call, make_requests
-from r1_megatron.rollout.sampler import group_gather, position_keys, sample_tokens
+from r1_megatron.rollout.sampler import Draw, group_gather, position_keys, sample_tokens
 from r1_megatron.rollout.scheduler import SAMPLES_PER_PROMPT_LIMIT, Scheduler, StepPlan
+from r1_megatron.rollout.speculation import Acceptance, Drafting, check_drafting
 from r1_megatron.types import Prompt, Rollout
 
 
@@ -80,6 +82,8 @@ def build_engine(cfg: RunConfig, chunks: Sequence[Any], groups: ProcessGroups, t
             f"data.max_prompt_tokens({cfg.data.max_prompt_tokens}) + sampling.max_new_tokens("
             f"{cfg.sampling.max_new_tokens}) = {max_len} tokens. Raise the former or shorten one of the latter."
         )
+    if rollout.speculative_tokens:
+        check_drafting(chunks, groups.pp_rank == groups.topology.pp - 1)
     return Engine(
         chunks,
         groups,
@@ -92,6 +96,7 @@ def build_engine(cfg: RunConfig, chunks: Sequence[Any], groups: ProcessGroups, t
         cache_tokens=rollout.cache_tokens,
         max_prefill_tokens=rollout.max_prefill_tokens,
         record_routing=cfg.replays_experts,
+        with_drafts=rollout.speculative_tokens > 0,
     )
 
 
@@ -109,6 +114,7 @@ class Engine:
         max_prefill_tokens: prompt tokens of one forward, at most.
         record_routing: fill :attr:`Rollout.routed_experts`.
         segment_rounds: rounds between two questions whether to stop.
+        with_drafts: the multi-token-prediction layer drafts tokens, see `speculation.py`.
 
     ``metrics`` describes the last call: tokens drawn and fed, forwards, sequences of a forward (mean), preemptions,
     seconds by activity, bytes of the cache and the most pages that were in use.
@@ -129,6 +135,7 @@ class Engine:
         max_prefill_tokens: int,
         record_routing: bool = False,
         segment_rounds: int = 64,
+        with_drafts: bool = False,
     ):
         self.chunks, self.groups, self.tokenizer = list(chunks), groups, tokenizer
         self.vocab_size, self.max_len, self.page_size = vocab_size, max_len, page_size
@@ -138,7 +145,9 @@ class Engine:
         self.record_routing, self.segment_rounds = record_routing, segment_rounds
         self.config = self.chunks[0].config
         self.metrics: dict[str, float] = {}
+        self.with_drafts = with_drafts
         self._layers = [layer for chunk in self.chunks for layer in chunk.decoder.layers]
+        self._drafting_layer = drafting_layer(self.chunks[-1]) if with_drafts else None
         self._routers = [chunk_routers(chunk) for chunk in self.chunks]
         self._cache: TokenCache | None = None
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -193,6 +202,7 @@ class Engine:
             page_size=self.page_size,
             stop_tokens=sorted(stop_tokens),
             max_prefill_tokens=self.max_prefill_tokens,
+            with_drafts=self.with_drafts,
         )
         answers = Answers(call, self.tokenizer, stop_tokens)
         with self._generating():
@@ -204,6 +214,7 @@ class Engine:
             "rollout/preemptions": scheduler.num_given_up,
             "rollout/cache_pages_peak": scheduler.pool.peak,
             "rollout/cache_bytes": self._cache.num_bytes if self._cache else 0,
+            **(run.acceptance.metrics(run.clock.num_tokens_drawn) if self.with_drafts else {}),
         }
         if race is not None:
             race.rest, self.metrics["rollout/cancelled_num_tokens"] = answers.losers()
@@ -222,7 +233,7 @@ class Engine:
         used in training.
         """
         modes = [chunk.training for chunk in self.chunks]
-        replays = [router.router_replay for routers in self._routers for router in routers]
+        replays = [router.router_replay for chunk in self.chunks for router in all_routers(chunk)]
         self._prepare_cache()
         try:
             for chunk in self.chunks:
@@ -247,18 +258,19 @@ class Engine:
             return
         cfg = self.config
         num_routers = sum(map(len, self._routers))
+        layers = [*self._layers, *([self._drafting_layer.transformer_layer] if self._drafting_layer else [])]
         self._cache = TokenCache(
-            [layer.layer_number for layer in self._layers],
+            [layer.layer_number for layer in layers],
             self.num_pages,
             self.page_size,
-            self._layers[0].self_attention.cache_width if self._layers else 0,
+            layers[0].self_attention.cache_width if layers else 0,
             cfg.params_dtype,
             self.groups.device,
             routing_shape=(num_routers, cfg.moe_router_topk) if self.record_routing else None,
             num_experts=cfg.num_moe_experts or 0,
         )
-        if self._layers:
-            self._rotary = self._layers[0].self_attention.rotary_tables(self.max_len)
+        if layers:
+            self._rotary = layers[0].self_attention.rotary_tables(self.max_len)
         else:  # a pipeline stage of an embedding or a head only
             empty = torch.empty(self.max_len, 1, 0, device=self.groups.device)
             self._rotary = (empty, empty)
@@ -326,12 +338,17 @@ class _Generation:
         self.num_shards = self.tp if self.config.sequence_parallel else 1
         self.coupling = Coupling(self.groups) if self.groups.exchanges_tokens else None
         # Each chunk's layers and mixture-of-experts layers among those of this rank.
-        self.layers = _slices([len(chunk.decoder.layers) for chunk in engine.chunks])
+        counts = [len(chunk.decoder.layers) for chunk in engine.chunks]
+        counts[-1] += engine._drafting_layer is not None
+        self.layers = _slices(counts)
         self.moe_layers = _slices([len(routers) for routers in engine._routers])
         # The walk has all rows on every tensor-parallel rank; all ranks of the job walk or none does.
         self.walks = [Walk(chunk, self.groups, engine.record_routing) for chunk in engine.chunks if can_walk(chunk)]
         self.walks = self.walks if len(self.walks) == len(engine.chunks) else []
         self.num_row_shards = 1 if self.walks else self.num_shards
+        self.acceptance, self.drafting = Acceptance(), None
+        if engine._drafting_layer is not None:
+            self.drafting = Drafting(engine.chunks[-1], self.walks[-1], self.groups, self._sample)
 
     def run(self, stop: Callable[[], bool] | None) -> None:
         """Rounds until every lane is empty; with ``stop`` or a race, in segments until all ranks of the job are done.
@@ -390,7 +407,8 @@ class _Generation:
                         self._forward(flight, flight.plan, number)
             for flight in self.flights:
                 if flight.plan is not None and flight.plan.num_sampled and flight.arriving is None:
-                    drawn = torch.empty(flight.plan.num_sampled, 2, dtype=torch.float64, device=self.device)
+                    shape = (flight.plan.num_drawn, 2 + self.engine.with_drafts)
+                    drawn = torch.empty(shape, dtype=torch.float64, device=self.device)
                     flight.arriving = (flight.plan, drawn, self.pipeline.expect_tokens(drawn))
 
     def _is_over(self) -> bool:
@@ -457,10 +475,14 @@ class _Generation:
                 flight.hidden = hidden
             else:
                 self.pipeline.send_hidden(hidden)
-        elif plan.num_sampled:
-            drawn = self._draw(self.engine.chunks[number], hidden, plan)
-            self.pipeline.send_tokens(drawn)
-            flight.arriving = (plan, drawn, None)
+        else:
+            drawn = self._draw(hidden, plan) if plan.num_sampled else None
+            if self.drafting is not None:
+                drawn = self.drafting.draft(hidden[:, 0], flight.step, plan, drawn)
+                self.clock.charge("sample")
+            if drawn is not None:
+                self.pipeline.send_tokens(drawn)
+                flight.arriving = (plan, drawn, None)
 
     def _hidden_of_stage(self, flight: _Flight, number: int) -> torch.Tensor:
         """What goes into a chunk's layers, ``[T, 1, H]``, or this rank's rows of it: embedded here, or received."""
@@ -486,27 +508,32 @@ class _Generation:
         chunk.decoder.set_input_tensor(hidden)  # where it embeds, the argument counts
         return chunk.decoder(hidden_states=hidden, attention_mask=None, inference_context=step)
 
-    def _draw(self, chunk: Any, hidden: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-        """(token, log-probability) of every live sequence, float64 ``[num_sampled, 2]``."""
+    def _draw(self, hidden: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        """(token, log-probability) of every row that draws, float64 ``[num_drawn, 2]``."""
         rows = hidden[:, 0]
         if self.num_row_shards > 1:
             rows = gather_rows(rows, self.groups.tp)
         table = torch.from_numpy(np.stack([plan.sampled_rows, plan.keys, plan.sample_positions])).to(self.device)
-        weight = chunk.output_layer.weight
-        if chunk.share_embeddings_and_output_weights:
-            weight = chunk.shared_embedding_or_output_weight()
-        logits = project(rows[table[0]], weight)
-        draw = sample_tokens(
-            logits,
-            vocab_start=self.groups.tp_rank * logits.shape[1],
-            vocab_size=self.engine.vocab_size,
-            keys_B=position_keys(table[1], table[2]),
-            sampling=self.sampling,
-            gather=group_gather(self.groups.tp),
-        )
+        draw = self._sample(rows[table[0]], table[1], table[2])
         drawn = torch.stack([draw.tokens_B.double(), draw.logprobs_B.double()], 1)
         self.clock.charge("sample")
         return drawn
+
+    def _sample(self, rows: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> Draw:
+        """A token per row of what goes into the last chunk's head, with the noise of (request key, position)."""
+        chunk = self.engine.chunks[-1]
+        weight = chunk.output_layer.weight
+        if chunk.share_embeddings_and_output_weights:
+            weight = chunk.shared_embedding_or_output_weight()
+        logits = project(rows, weight)
+        return sample_tokens(
+            logits,
+            vocab_start=self.groups.tp_rank * logits.shape[1],
+            vocab_size=self.engine.vocab_size,
+            keys_B=position_keys(keys, positions),
+            sampling=self.sampling,
+            gather=group_gather(self.groups.tp),
+        )
 
     def _take_arriving(self, flight: _Flight) -> None:
         """Take the tokens of the lane's last step, drawn here or received; all stages do so at the same point."""
@@ -523,22 +550,30 @@ class _Generation:
     def _take(self, lane: int, plan: StepPlan, drawn: torch.Tensor) -> None:
         """Append the drawn tokens to their sequences and answer those that end."""
         tokens, logprobs = drawn[:, 0].numpy().astype(np.int64), drawn[:, 1].numpy()
-        if not np.isfinite(logprobs).all():
-            number = int(np.flatnonzero(~np.isfinite(logprobs))[0])
-            request = self.scheduler.request(int(plan.sequences[number])).request
-            raise FloatingPointError(
-                f"generation: the logits are not finite at position {plan.sample_positions[number]} of request "
-                f"{request} (prompt {request // SAMPLES_PER_PROMPT_LIMIT})"
-            )
-        stopped = self.scheduler.append(plan, tokens, logprobs)
-        self.clock.num_tokens_drawn += len(tokens)
-        if self.sampling.stop:
-            for number, (sequence, token) in enumerate(zip(plan.sequences.tolist(), tokens.tolist())):
-                request = self.scheduler.request(sequence).request
-                stopped[number] |= self.answers.completes_stop_string(request, token)
+        stopped = np.zeros(plan.num_sampled, dtype=bool)
+        for places, rows in self.acceptance.turns(plan, tokens, stopped):
+            sequences = plan.sequences[places]
+            self._check_finite(sequences, plan.sample_positions[rows], logprobs[rows])
+            stopped[places] = self.scheduler.append(sequences, tokens[rows], logprobs[rows])
+            self.clock.num_tokens_drawn += len(rows)
+            if self.sampling.stop:
+                for place, sequence, token in zip(places.tolist(), sequences.tolist(), tokens[rows].tolist()):
+                    request = self.scheduler.request(sequence).request
+                    stopped[place] |= self.answers.completes_stop_string(request, token)
+            if self.engine.with_drafts:
+                self.scheduler.expect(sequences, drawn[:, 2].numpy().astype(np.int64)[rows])
         for end in self.scheduler.retire(lane, plan, stopped):
             self.answers.finish(end, self._routing)
         self.clock.charge("plan")
+
+    def _check_finite(self, sequences: np.ndarray, positions: np.ndarray, logprobs: np.ndarray) -> None:
+        if not np.isfinite(logprobs).all():
+            number = int(np.flatnonzero(~np.isfinite(logprobs))[0])
+            request = self.scheduler.request(int(sequences[number])).request
+            raise FloatingPointError(
+                f"generation: the logits are not finite at position {positions[number]} of request "
+                f"{request} (prompt {request // SAMPLES_PER_PROMPT_LIMIT})"
+            )
 
     def _routing(self, pages: np.ndarray, num_tokens: int) -> np.ndarray | None:
         """The experts recorded in a sequence's pages, ``[num_tokens, layers of this rank, topk]``."""

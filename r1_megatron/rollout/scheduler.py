@@ -21,6 +21,10 @@ Invariants, all asserted or tested:
    one piece, which is a prompt to all that follows.
 7. Everything follows from the requests and the drawn tokens, so all ranks of a replica that ask in the same order hold
    equal lanes without a word said about shapes.
+8. With drafts (`speculation.py`) a sequence may feed a guess of its next token behind its last token, in a page of its
+   own if one is free; nobody gives up a place for a draft. A wrong one is fed over by the next forward. What the
+   drafting layer keeps of a token depends on the one behind it, which for a prompt's last token the samples do not have
+   in common: whoever began on another's forward feeds that last token once more, into a page of its own.
 
 Progress: a sequence is given up in favour of an older one that draws a token in this very forward, or because other
 lanes hold the pages. Alone in flight it gets whatever it needs: kept prompts give way, and the pages suffice for one
@@ -106,8 +110,11 @@ class StepPlan:
         page_table: int32 ``[D, pages of the longest]``, unused entries hold any page.
         prefill_lengths: tokens of each packed piece.
         sequences: int64 ``[num_sampled]``, the scheduler's numbers of the sequences that draw a token.
-        sampled_rows: int64 ``[num_sampled]``, the row of whose logits each draws.
-        keys, sample_positions: int64 ``[num_sampled]``, what the sampler's noise is keyed by.
+        sampled_rows: int64 ``[num_drawn]``, the row of whose logits each draws; behind them the rows of drafts, which
+            draw the token that follows if the draft is right.
+        keys, sample_positions: int64 ``[num_drawn]``, what the sampler's noise is keyed by.
+        draft_of: int64 ``[num_drawn - num_sampled]``, which of ``sequences`` each draft belongs to.
+        following: int64 ``[T]``, the token behind each, ``~i`` where that is drawn token i; empty without drafts.
         copies: of pages, before the forward. Carried out together: all are read before any is written.
         given_up: sequences that had to make room. Their pages are as they were until the copies are carried out.
     """
@@ -123,6 +130,8 @@ class StepPlan:
     sample_positions: np.ndarray
     copies: tuple[Copy, ...]
     given_up: tuple[Live, ...]
+    draft_of: np.ndarray
+    following: np.ndarray
 
     @property
     def num_decode(self) -> int:
@@ -131,6 +140,10 @@ class StepPlan:
     @property
     def num_sampled(self) -> int:
         return len(self.sequences)
+
+    @property
+    def num_drawn(self) -> int:
+        return len(self.sampled_rows)
 
 
 @dataclass
@@ -158,6 +171,7 @@ class Scheduler:
         num_pages, page_size: of the cache; together at least ``max_len``.
         stop_tokens: ids that end a sequence.
         max_prefill_tokens: prompt tokens of one forward, at most.
+        with_drafts: :meth:`expect` is told what may come next.
 
     ``num_steps``, ``num_stepped`` and ``num_given_up`` count forwards, the sequences of all of them, preemptions.
     """
@@ -173,6 +187,7 @@ class Scheduler:
         page_size: int,
         stop_tokens: Sequence[int],
         max_prefill_tokens: int,
+        with_drafts: bool = False,
     ):
         assert max_sequences >= num_lanes and num_pages * page_size >= max_len and max_prefill_tokens > 0
         self.queue = deque(requests)
@@ -191,6 +206,9 @@ class Scheduler:
         self._num_pages, self._prompt_len, self._length, self._fed, self._limit, self._key = np.zeros(
             (6, num_rows), dtype=np.int64
         )
+        # Whether a draft of the next token stands behind the tokens, and how many of those fed are fed once more.
+        self._with_drafts = with_drafts
+        self._drafted, self._again = np.zeros((2, num_rows), dtype=np.int64)
         # By prompt number: samples that have not begun, the pages kept for them, and who feeds the prompt meanwhile.
         self._waiting = Counter(request.prompt_number for request in requests if request.is_new)
         self._prompts: dict[int, np.ndarray] = {}
@@ -221,20 +239,34 @@ class Scheduler:
         assert len(in_chunks) <= 1, "a lane feeds one long prompt at a time"
         for place in in_chunks.tolist():
             self._feed(live[place], int(counts[place]), draft)
+        drafted = self._room_for_drafts(old, draft)
         self._admit(lane, draft)
         if live:
             self.num_steps += 1
             self.num_stepped += len(live)
-        return self._lay_out(old, counts, draft)
+        return self._lay_out(old, counts, drafted, draft)
 
-    def append(self, plan: StepPlan, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-        """Take the drawn tokens ``[num_sampled]``; answers which sequences now end by a stop token, bool."""
-        rows = plan.sequences
-        length = self._length[rows]
-        self._tokens[rows, length] = tokens
-        self._logprobs[rows, length] = logprobs
-        self._length[rows] = length + 1
+    def append(self, sequences: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+        """Take a drawn token of each sequence; answers which of them now end by a stop token, bool.
+
+        All tokens before it are in the cache, a draft that was right among them.
+        """
+        length = self._length[sequences]
+        self._tokens[sequences, length] = tokens
+        self._logprobs[sequences, length] = logprobs
+        self._fed[sequences] = length
+        self._length[sequences] = length + 1
         return np.isin(tokens, self._stop_tokens)
+
+    def expect(self, sequences: np.ndarray, tokens: np.ndarray) -> None:
+        """Guesses of what the sequences draw next, to be fed with their last tokens.
+
+        Not of those that have to feed a token again, and not where the token behind the guess is past the limit.
+        """
+        length = self._length[sequences]
+        useful = (self._again[sequences] == 0) & (length + 1 < self._limit[sequences])
+        self._drafted[sequences] = useful
+        self._tokens[sequences[useful], length[useful]] = tokens[useful]
 
     def retire(self, lane: int, plan: StepPlan, stopped: np.ndarray) -> list[Finished]:
         """Take out those of the plan's sequences that stopped or reached their limit.
@@ -283,20 +315,38 @@ class Scheduler:
 
         Prompts in chunks have all their pages, but the one that their response begins in may be shared by then.
         """
-        rows = np.array(live, dtype=np.int64)
-        index = self._fed[rows] // self._page_size
-        missing = index >= self._num_pages[rows]
-        shared = self.pool.holders[self._table[rows, np.minimum(index, self._table.shape[1] - 1)]] > 1
-        for place in np.flatnonzero(missing | shared).tolist():
-            while place < len(live) and not self._take_page(live[place], draft):
+        if self._again.any():
+            self._make_room_at(live, self._fed - self._again, draft)
+        self._make_room_at(live, self._fed, draft)
+
+    def _make_room_at(self, live: list[int], positions: np.ndarray, draft: _Draft) -> None:
+        """The same for one position of each sequence, ``[all sequences]``."""
+        for place in self._without_page(np.array(live, dtype=np.int64), positions).tolist():
+            while place < len(live) and not self._take_page(live[place], int(positions[live[place]]), draft):
                 if self._prompts:
                     self._drop_prompt()
                 else:
                     self._give_up(live, draft)
 
-    def _take_page(self, row: int, draft: _Draft) -> bool:
-        """Give the sequence the page of its next token if it has none of its own; whether there was one."""
-        index = int(self._fed[row]) // self._page_size
+    def _without_page(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Which of the sequences have no page of their own at their position."""
+        index = positions[rows] // self._page_size
+        missing = index >= self._num_pages[rows]
+        shared = self.pool.holders[self._table[rows, np.minimum(index, self._table.shape[1] - 1)]] > 1
+        return np.flatnonzero(missing | shared)
+
+    def _room_for_drafts(self, rows: np.ndarray, draft: _Draft) -> np.ndarray:
+        """Which of the sequences feed their draft, 0 or 1 each: nobody makes room for one, but a free page is taken."""
+        drafted = self._drafted[rows]
+        if drafted.any():
+            for place in self._without_page(rows, self._length).tolist():
+                if drafted[place]:
+                    drafted[place] = self._take_page(int(rows[place]), int(self._length[rows[place]]), draft)
+        return drafted
+
+    def _take_page(self, row: int, position: int, draft: _Draft) -> bool:
+        """Give the sequence the page of a position if it has none of its own; whether there was one."""
+        index = position // self._page_size
         is_new = index == self._num_pages[row]
         page = int(self._table[row, index])
         if not is_new and self.pool.holders[page] == 1:
@@ -379,10 +429,11 @@ class Scheduler:
             self._hold(row, pages)
             if number in draft.leaders:
                 self._fed[row] = prompt_len
+                self._again[row] = self._with_drafts
                 draft.forks.append((row, draft.leaders[number]))
             else:
                 self._fed[row] = prompt_len - 1
-                taken = self._take_page(row, draft)
+                taken = self._take_page(row, prompt_len - 1, draft)
                 assert taken
                 draft.joining.append(row)
             if not self._waiting[number]:
@@ -415,25 +466,38 @@ class Scheduler:
             self._prompts[number] = pages
             draft.leaders[number] = row
 
-    def _lay_out(self, old: np.ndarray, counts_old: np.ndarray, draft: _Draft) -> StepPlan:
+    def _lay_out(self, old: np.ndarray, counts_old: np.ndarray, drafted_old: np.ndarray, draft: _Draft) -> StepPlan:
         rows = np.concatenate([old, np.array([*draft.joining, *draft.feeding], dtype=np.int64)])
         counts = np.concatenate([counts_old, np.array([*[1] * len(draft.joining), *draft.chunks], dtype=np.int64)])
-        fed = self._fed[rows]
-        ends = np.cumsum(counts)
-        starts = ends - counts
-        row_T = np.repeat(rows, counts)
-        position_T = np.arange(len(row_T)) + np.repeat(fed - starts, counts)
+        drafted = np.pad(drafted_old, (0, len(rows) - len(old)))
+        fed, again = self._fed[rows], self._again[rows]
+        spans = again + counts + drafted
+        ends = np.cumsum(spans)
+        before = fed - again - ends + spans  # a sequence's positions less its rows
+        row_T = np.repeat(rows, spans)
+        position_T = np.arange(len(row_T)) + np.repeat(before, spans)
         index_T = position_T // self._page_size
         num_decode = len(row_T) - sum(draft.chunks)
         num_columns = int(index_T[:num_decode].max()) + 1 if num_decode else 0
         self._fed[rows] = fed + counts
+        self._again[rows] = self._drafted[rows] = 0
         complete = fed + counts == self._length[rows]
-        sequences, sampled_rows = rows[complete], ends[complete] - 1
+        sequences, last_rows = rows[complete], (ends - drafted)[complete] - 1
+        fork_rows = np.zeros(0, dtype=np.int64)
         if draft.forks:
-            start_of = dict(zip(rows.tolist(), (starts - fed).tolist()))
-            last = [start_of[leader] + int(self._prompt_len[leader]) - 1 for _, leader in draft.forks]
+            before_of = dict(zip(rows.tolist(), before.tolist()))
             sequences = np.concatenate([sequences, np.array([row for row, _ in draft.forks], dtype=np.int64)])
-            sampled_rows = np.concatenate([sampled_rows, np.array(last, dtype=np.int64)])
+            fork_rows = np.array(
+                [int(self._prompt_len[leader]) - 1 - before_of[leader] for _, leader in draft.forks], dtype=np.int64
+            )
+        draft_rows = ends[drafted > 0] - 1
+        draft_of = (np.cumsum(complete) - 1)[drafted > 0]
+        drawing = np.concatenate([sequences, sequences[draft_of]])
+        following = np.zeros(0, dtype=np.int64)
+        if self._with_drafts:
+            following = self._tokens[row_T, np.minimum(position_T + 1, self._tokens.shape[1] - 1)]
+            following[last_rows] = ~np.arange(len(last_rows))
+            following[draft_rows] = ~np.arange(len(sequences), len(drawing))
         return StepPlan(
             tokens=self._tokens[row_T, position_T],
             positions=position_T,
@@ -441,11 +505,13 @@ class Scheduler:
             page_table=self._table[row_T[:num_decode], :num_columns],
             prefill_lengths=tuple(draft.chunks),
             sequences=sequences,
-            sampled_rows=sampled_rows,
-            keys=self._key[sequences],
-            sample_positions=self._length[sequences],
+            sampled_rows=np.concatenate([last_rows, fork_rows, draft_rows]),
+            keys=self._key[drawing],
+            sample_positions=self._length[drawing] + (np.arange(len(drawing)) >= len(sequences)),
             copies=tuple(draft.copies),
             given_up=tuple(draft.given_up),
+            draft_of=draft_of,
+            following=following,
         )
 
     # ---------------------------------------------------------------------------------------------------- bookkeeping
@@ -486,6 +552,6 @@ class Scheduler:
 
     def _forget(self, row: int) -> None:
         self.pool.release(self._table[row, : self._num_pages[row]])
-        self._num_pages[row] = 0
+        self._num_pages[row] = self._drafted[row] = self._again[row] = 0
         del self._requests[row]
         self._free.append(row)

@@ -92,7 +92,10 @@ class StepReport:
         mine.sum("reward/failed", self.num_failed)
         mine.sum("perf/total_num_tokens", sum(len(rollout.tokens) for rollout in rollouts))
         for name, value in self._run.engine.metrics.items():
-            (mine.sum if name.endswith(("num_tokens", "per_s", "preemptions")) else mine.max)(name, value)
+            if name.endswith(("draft_acceptance", "per_draw")):
+                mine.mean(name, value)
+            else:
+                (mine.sum if name.endswith(("num_tokens", "per_s", "preemptions")) else mine.max)(name, value)
 
     @staticmethod
     def _of_samples(mine: Metrics, samples: Sequence[TrainSample]) -> None:

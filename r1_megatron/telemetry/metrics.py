@@ -35,6 +35,7 @@ Names, where other trainers' dashboards have one, are theirs:
 ``rollout/stale_tokens_fraction``               of the response tokens that are learned from, those that earlier
                                                 versions of the policy drew; ``staleness_max``: how many versions ago
 ``rollout/*``                                   what the engine says of itself: tokens, forwards, seconds, cache bytes
+``rollout/{draft_acceptance,tokens_per_draw}``  drafts that were right; tokens of a sequence's draw, 1 without drafts
 ``eval/<name>``                                 results on held-out prompts; the report tabulates them
 =============================================== ==================================================================
 """

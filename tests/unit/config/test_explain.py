@@ -97,6 +97,21 @@ def test_uneven_deals_are_said(tmp_path: Path):
         assert expected in lines, explain(cfg)
 
 
+@pytest.mark.parametrize(("drafts", "layers"), [(0, 2), (1, 3)])
+def test_drafts_take_a_layer_of_cache(tmp_path: Path, drafts: int, layers: int):
+    path = tmp_path / "run.yaml"
+    path.write_text("")
+    cfg = load_config(
+        path,
+        [
+            "model.mtp_num_layers=1",
+            f"rollout.speculative_tokens={drafts}",
+            "parallel={pipeline_model_parallel_size: 2}",
+        ],
+    )
+    assert any(f"* 4 bytes * {layers} layers *" in line for line in lines_of(explain(cfg)))
+
+
 def test_a_dynamic_token_budget(tmp_path: Path):
     """Two sequences of 1,024 tokens fit into what is the least of a dynamic budget; 192 samples on one rank."""
     path = tmp_path / "run.yaml"

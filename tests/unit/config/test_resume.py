@@ -26,6 +26,7 @@ def test_layout_length_and_speed_may_change() -> None:
         train=replace(RUN.train, steps=9999, micro_batch_tokens=1, recompute_granularity="full"),
         checkpoint=replace(RUN.checkpoint, interval=7, keep_last=3),
         evaluate=replace(RUN.evaluate, interval=5),
+        rollout=replace(RUN.rollout, max_sequences=7, speculative_tokens=1),
         profile=replace(RUN.profile, steps=(3,)),
     )
     assert changed_course(dump_config(RUN), changed) == []

@@ -83,6 +83,18 @@ CASES = [
         ["model.architecture=qwen3", "model.mtp_num_layers=1"],
         r"only deepseek_v3 has multi-token prediction. Set it to 0",
     ),
+    # drafts
+    (["rollout.speculative_tokens=1"], r"speculative_tokens=1, but model.mtp_num_layers=0: there is no layer to draft"),
+    (["rollout.speculative_tokens=2", "model.mtp_num_layers=2"], r"speculative_tokens=2 is more than the one token"),
+    (
+        [
+            "rollout.speculative_tokens=1",
+            "model.mtp_num_layers=1",
+            "parallel.pipeline_model_parallel_size=4",
+            "parallel.pipeline_model_parallel_layout=Et|t|ttm|L",
+        ],
+        r"layout=Et\|t\|ttm\|L places m \(MTP\) before the last stage.* Move every m beside L",
+    ),
     (["model.architecture=qwen3", "rollout.router_replay=true"], r"router_replay=true, but no layer .* has experts"),
     (
         ["model.architecture=qwen2", "model.num_query_groups=1", "parallel.tensor_model_parallel_size=2"],
@@ -213,6 +225,7 @@ def test_each_contradiction_is_named(tmp_path: Path, overrides: list[str], messa
         ["rl.policy_loss=gspo", "rl.clip_ratio_low=3e-4", "rl.clip_ratio_high=4e-4", "rl.clip_ratio_dual=3"],
         ["parallel.tensor_model_parallel_size=4", "model.vocab_size=261"],  # padded
         ["model.mtp_num_layers=1"],
+        ["model.mtp_num_layers=1", "rollout.speculative_tokens=1"],
         ["train.bf16=true", "rl.probs_diff_limit=1.0"],
         ["train.bf16=true", "rl.on_probs_diff=warn"],
         ["train.recompute_granularity=selective", "train.recompute_modules=[mla_up_proj, mlp, moe, shared_experts]"],

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from r1_megatron.rollout.scheduler import Request, Scheduler, StepPlan
+from r1_megatron.rollout.speculation import Acceptance
 
 VOCAB, MAX_LEN, STOPS = 50, 40, (3, 4)
 
@@ -46,9 +47,22 @@ def scheduler(requests: list[Request], **options: Any) -> Scheduler:
     return Scheduler(requests, **{"num_pages": pages, "max_prefill_tokens": 1000, **given})
 
 
-def answer(lanes: Scheduler, lane: int, plan: StepPlan, tokens: list[int] | np.ndarray) -> list[Any]:
+def answer(
+    lanes: Scheduler,
+    lane: int,
+    plan: StepPlan,
+    tokens: list[int] | np.ndarray,
+    drafts: list[int] | None = None,
+    acceptance: Acceptance | None = None,
+) -> list[Any]:
     tokens = np.array(tokens, dtype=np.int64)
-    return lanes.retire(lane, plan, lanes.append(plan, tokens, -tokens.astype(np.float64)))
+    stopped = np.zeros(plan.num_sampled, dtype=bool)
+    for places, rows in (acceptance or Acceptance()).turns(plan, tokens, stopped):
+        sequences = plan.sequences[places]
+        stopped[places] = lanes.append(sequences, tokens[rows], -tokens[rows].astype(np.float64))
+        if drafts is not None:
+            lanes.expect(sequences, np.array(drafts, dtype=np.int64)[rows])
+    return lanes.retire(lane, plan, stopped)
 
 
 class Driver:
@@ -56,14 +70,18 @@ class Driver:
 
     There are two layers in two chunks: a lane's second one runs when all lanes have planned and run their first. Tokens
     are taken as late as a first pipeline stage takes them, before the lane's next plan.
+
+    ``hits``: chance that a draft is right, if there are any. The drafting layer, in the second chunk, keeps of each
+    token the one behind it.
     """
 
-    def __init__(self, lanes: Scheduler, page_size: int = 4):
-        self.lanes, self.page_size = lanes, page_size
-        self.layers = np.full((2, lanes.pool.num_pages, page_size), -1)
+    def __init__(self, lanes: Scheduler, page_size: int = 4, hits: float | None = None):
+        self.lanes, self.page_size, self.hits = lanes, page_size, hits
+        self.layers, self.drafting = np.split(np.full((3, lanes.pool.num_pages, page_size), -1), [2])
         self.answers: dict[int, list[int]] = {}
         self.count: Counter[str] = Counter()
-        self.steps: list[tuple[StepPlan, list[int]] | None] = [None] * len(lanes.lanes)
+        self.acceptance, self.rng = Acceptance(), np.random.default_rng(0)
+        self.steps: list[tuple[StepPlan, list[int], list[int] | None] | None] = [None] * len(lanes.lanes)
 
     def run(self) -> dict[int, list[int]]:
         rounds = 0
@@ -73,7 +91,7 @@ class Driver:
             plans = [self.begin(lane) for lane in range(len(self.steps))]
             for lane, plan in enumerate(plans):
                 self.forward(plan, layer=1)
-                self.steps[lane] = plan, self.draw(plan) if plan.num_sampled else []
+                self.steps[lane] = plan, *self.draw(plan)
             if not any(len(plan.tokens) for plan in plans):
                 assert not self.lanes.has_work
         assert self.lanes.pool.num_free == self.lanes.pool.num_pages, "pages leaked"
@@ -81,13 +99,12 @@ class Driver:
 
     def begin(self, lane: int) -> StepPlan:
         if (step := self.steps[lane]) is not None and step[0].num_sampled:
-            plan, tokens = step
-            for sequence, stopped in answer(self.lanes, lane, plan, tokens):
+            for sequence, stopped in answer(self.lanes, lane, *step, self.acceptance):
                 self.check_past(sequence)
                 assert sequence.logprobs.tolist() == (-sequence.tokens[len(sequence.request.prompt) :]).tolist()
                 assert stopped == (sequence.tokens[-1] in STOPS)
                 self.answers[sequence.request.request] = sequence.tokens.tolist()
-        before = {row: int(self.lanes._fed[row]) for live in self.lanes.lanes for row in live}
+        before = {row: int((self.lanes._fed - self.lanes._again)[row]) for live in self.lanes.lanes for row in live}
         plan = self.lanes.plan(lane)
         for sequence in plan.given_up:
             self.check_past(sequence)
@@ -102,6 +119,10 @@ class Driver:
         """The pages still hold all tokens but the last one, in both layers."""
         for layer in self.layers:
             assert layer[sequence.pages].flatten()[: len(sequence.tokens) - 1].tolist() == sequence.tokens[:-1].tolist()
+        if self.hits is not None:
+            # What follows the last prompt token may be that of the sample that fed the prompt.
+            kept = self.drafting[0][sequence.pages].flatten()[: len(sequence.tokens) - 2]
+            assert kept.tolist() == sequence.tokens[1:-1].tolist()
 
     def check_plan(self, lane: int, plan: StepPlan, before: dict[int, int]) -> None:
         lanes = self.lanes
@@ -128,9 +149,11 @@ class Driver:
         copies = np.array(plan.copies, dtype=np.int64).reshape(-1, 2)
         cache[copies[:, 1]] = cache[copies[:, 0]]
         cache.reshape(-1)[plan.cache_rows] = plan.tokens
+        if layer == 1:
+            self.drafting[0][copies[:, 1]] = self.drafting[0][copies[:, 0]]
 
-    def draw(self, plan: StepPlan) -> list[int]:
-        """The tokens that follow what the sampled rows look back on."""
+    def draw(self, plan: StepPlan) -> tuple[list[int], list[int] | None]:
+        """The tokens that follow what the sampled rows look back on, and drafts of what follows them."""
         prefixes = []
         for row in plan.sampled_rows.tolist():
             if row < plan.num_decode:
@@ -142,11 +165,30 @@ class Driver:
                 prefix = plan.tokens[row - plan.positions[row] : row + 1]
                 assert plan.positions[row - plan.positions[row]] == 0
             prefixes.append(np.array(prefix))
-        for prefix, sequence, position in zip(prefixes, plan.sequences.tolist(), plan.sample_positions.tolist()):
+        drawing = [*plan.sequences.tolist(), *plan.sequences[plan.draft_of].tolist()]
+        for prefix, sequence, position in zip(prefixes, drawing, plan.sample_positions.tolist(), strict=True):
             request = self.lanes.request(sequence)
             assert len(prefix) == position
             assert prefix.tolist()[: len(request.prompt)] == request.prompt.tolist()
-        return [next_token(prefix, int(key)) for prefix, key in zip(prefixes, plan.keys)]
+        tokens = [next_token(prefix, int(key)) for prefix, key in zip(prefixes, plan.keys, strict=True)]
+        return tokens, None if self.hits is None else self.draft(plan, prefixes, tokens)
+
+    def draft(self, plan: StepPlan, prefixes: list[np.ndarray], tokens: list[int]) -> list[int]:
+        """The drafting layer has, at every row that draws for itself, each token behind those that the row sees."""
+        following = [token if token >= 0 else tokens[~token] for token in plan.following.tolist()]
+        assert len(following) == len(plan.tokens)
+        self.drafting[0].reshape(-1)[plan.cache_rows] = following
+        right = np.array(tokens)[plan.draft_of] == plan.tokens[plan.sampled_rows[plan.num_sampled :]]
+        drafts = []
+        for i, (prefix, token) in enumerate(zip(prefixes, tokens)):
+            is_draft = i >= plan.num_sampled
+            sequence = plan.sequences[plan.draft_of[i - plan.num_sampled] if is_draft else i]
+            if not self.lanes._again[sequence] and (not is_draft or right[i - plan.num_sampled]):
+                kept = self.drafting[0][self.lanes._table[sequence]].flatten()[: len(prefix)]
+                assert kept.tolist() == [*prefix[1:].tolist(), token]
+            known = next_token(np.append(prefix, token), int(plan.keys[i]))
+            drafts.append(known if self.rng.random() < self.hits else int(self.rng.integers(VOCAB)))
+        return drafts
 
 
 def random_shape(rng: np.random.Generator, tight: bool) -> dict[str, Any]:
@@ -189,6 +231,48 @@ def test_resumed_samples_end_as_if_never_stopped(seed: int, tight: bool) -> None
         begun.append(replace(request, response=response, logprobs=-response.astype(np.float32)))
     shape = random_shape(rng, tight)
     assert Driver(scheduler(begun, **shape), shape["page_size"]).run() == expected
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("hits", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("seed", range(12))
+def test_drafts_change_no_sample(seed: int, hits: float, tight: bool) -> None:
+    rng = np.random.default_rng(200 + seed)
+    requests = random_requests(rng, num_prompts=int(rng.integers(1, 9)))
+    expected = {request.request: alone(request) for request in requests}
+    shape = random_shape(rng, tight)
+    lanes = scheduler(requests, **shape, with_drafts=True)
+    driver = Driver(lanes, shape["page_size"], hits)
+    assert driver.run() == expected
+    if not tight:
+        assert lanes.num_given_up == 0, "nobody makes room for a draft"
+    drafted, accepted = driver.acceptance.num_drafted, driver.acceptance.num_accepted
+    assert accepted == drafted if hits == 1 else accepted <= (0.2 + hits) * drafted + 5
+
+
+def test_right_drafts_halve_the_forwards() -> None:
+    """One draw of the first token, with the prompt; the second draw has a draft; the last token of ten needs none."""
+    requests = [Request(0, 0, 0, np.full(3, 9), 10)]
+    lanes = scheduler(requests, with_drafts=True, stop_tokens=())
+    driver = Driver(lanes, hits=1.0)
+    driver.run()
+    assert (lanes.num_steps, driver.count["fed"]) == (6, 3 + 4 * 2 + 1)
+    assert (driver.acceptance.num_drafted, driver.acceptance.num_draws) == (4, 6)
+    assert driver.acceptance.metrics(10) == {"rollout/draft_acceptance": 1.0, "rollout/tokens_per_draw": 10 / 6}
+
+
+def test_a_sample_that_began_on_anothers_forward_feeds_the_last_prompt_token_again() -> None:
+    """The prompt fills its two pages: one sample keeps the second as its own, the other one takes a copy."""
+    requests = [Request(sample, sample, 0, np.arange(5, 13), 6) for sample in range(2)]
+    lanes = scheduler(requests, max_sequences=2, stop_tokens=(), with_drafts=True)
+    plan = lanes.plan(0)
+    assert plan.sampled_rows.tolist() == [7, 7] and plan.following.tolist() == [*range(6, 13), ~0]
+    answer(lanes, 0, plan, [20, 30], drafts=[21, 31])
+    plan = lanes.plan(0)
+    assert plan.tokens.tolist() == [20, 21, 12, 30] and plan.positions.tolist() == [8, 9, 7, 8]
+    assert plan.following.tolist() == [~0, ~2, 30, ~1] and plan.sampled_rows.tolist() == [0, 3, 1]
+    assert plan.sample_positions.tolist() == [9, 9, 10] and plan.draft_of.tolist() == [0]
+    assert len(plan.copies) == 1 and lanes.pool.num_pages - lanes.pool.num_free == 1 + 2 + 2
 
 
 def test_the_youngest_makes_room() -> None:
