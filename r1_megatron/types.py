@@ -109,6 +109,8 @@ class TrainSample:
         routed_experts: as in :class:`Rollout`.
         stale: 1 where an earlier version of the policy drew the next token, else 0: its old log-probability is the
             sampler's, whatever ``old_logprobs`` holds. ``None``: there is no such token.
+        prompt_len: leading tokens that are a prompt, none of whose predictions is learned from but the last token's;
+            samples of one prompt may compute them together (`data/families.py`). 0: not said.
     """
 
     tokens: np.ndarray
@@ -120,21 +122,27 @@ class TrainSample:
     reference_logprobs: np.ndarray | None = None
     routed_experts: np.ndarray | None = None
     stale: np.ndarray | None = None
+    prompt_len: int = 0
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Sequences packed end to end ("thd"): what one forward of one pipeline chunk sees.
 
-    ``T`` is the packed length, a multiple of the tensor-parallel size. The tail ``[num_tokens, T)`` is a run of
-    padding with zero weight. Tensors are ``[1, T]``.
+    The pack is a row of *pieces*: whole sequences; or the beginning that several sequences have in common, once, and
+    behind it the rest of each of them. ``T`` is the packed length, a multiple of the tensor-parallel size. The tail
+    ``[num_tokens, T)`` is a run of padding with zero weight. Tensors are ``[1, T]`` unless said.
 
     Attributes:
         tokens, labels, position_ids: int64; ``labels[t]`` is the token at ``t + 1`` of the same sequence.
         weights: float32, zero on every padding token and on the last token of every sequence.
-        lengths: the packed sequences' lengths, padding included as the last entries; ``sum(lengths) == T``.
-        cu_seqlens: int32 ``[len(lengths) + 1]``, where each of them starts and the last one ends.
-        num_tokens: real tokens; ``num_sequences``: real sequences.
+        lengths: the pieces' lengths, padding included as the last entries; ``sum(lengths) == T``.
+        starts: the position of each piece's first token. A piece that does not start at 0 goes on behind the last one
+            before it that does, and attends to that too.
+        cu_seqlens: int32 ``[len(lengths) + 1]``, where in the pack each piece begins and the last one ends.
+        sequence_pieces: int64 ``[2, num_sequences]``, the pieces of each real sequence: the beginning that it shares
+            (``len(lengths)``: none), and the one with its last token.
+        num_tokens: real rows; ``num_sequences``: real sequences.
         arrays: the other token-aligned arrays by their ``TrainSample`` name, float32 ``[1, T]``, zero where absent.
         routed_experts: int64 ``[T, num_local_moe_layers, topk]`` with distinct experts on padding rows, or ``None``.
     """
@@ -144,7 +152,9 @@ class MicroBatch:
     position_ids: torch.Tensor
     weights: torch.Tensor
     lengths: tuple[int, ...]
+    starts: tuple[int, ...]
     cu_seqlens: torch.Tensor
+    sequence_pieces: torch.Tensor
     num_tokens: int
     num_sequences: int
     arrays: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -307,6 +307,23 @@ def sequences(num: int = 16, low: int = 6, high: int = 40, vocab_size: int = 259
     return Sequences(tokens, weights)
 
 
+def families(seed: int = 19) -> tuple[Sequences, list[int]]:
+    """16 samples of 5 prompts and the length of each sample's prompt: signed weights from the last token of the prompt
+    on. One prompt has a single sample, one a single token."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, prompt_lens = Sequences([], []), []
+    for prompt_len, num_samples in ((14, 5), (21, 1), (9, 4), (1, 2), (5, 4)):
+        prompt = torch.randint(0, 259, (prompt_len,), generator=generator)
+        for length in torch.randint(1, 25, (num_samples,), generator=generator).tolist():
+            batch.tokens.append(torch.cat([prompt, torch.randint(0, 259, (length,), generator=generator)]))
+            weight = torch.randn(prompt_len + length, generator=generator) / 100
+            weight[: prompt_len - 1] = 0
+            weight[-1] = 0
+            batch.weights.append(weight)
+            prompt_lens.append(prompt_len)
+    return batch, prompt_lens
+
+
 def random_routing(batch: Sequences, model: ModelConfig, seed: int = 5) -> list[list[torch.Tensor]]:
     """Distinct random experts ``[N, K]`` per sequence and MoE layer: nothing a router would choose."""
     generator = torch.Generator().manual_seed(seed)

@@ -299,6 +299,9 @@ class TrainConfig:
     # Tokens packed into one microbatch, at most (a longer sequence gets a microbatch of its own). null: as many as the
     # longest sequence of the step has, which needs that memory anyway, but no fewer than DYNAMIC_TOKENS.
     micro_batch_tokens: int | None = 2048
+    # Compute the prompt of a group once for all its samples in a microbatch, which changes nothing but the rounding.
+    # Not with Transformer Engine's attention, which is not told of shared beginnings.
+    share_prompts: bool = True
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None

@@ -46,14 +46,25 @@ def plan_step(
             microbatches should be alike. Otherwise they meet once a step and a rank's sum is what counts; its
             microbatches are evened out among themselves.
     """
-    if max_tokens is None:
-        max_tokens = max([DYNAMIC_TOKENS, *lengths])
-    assert max_tokens >= 1 and all(length >= 1 for length in lengths), (max_tokens, min(lengths, default=1))
-    works = np.array([work(length) for length in lengths], dtype=np.float64)
-    count = -(-_fewest(lengths, max_tokens) // (num_ranks * multiple)) * multiple
-    while (filled := _fill(lengths, works, max_tokens, (count, num_ranks), lockstep)) is None:
+    works = [work(length) for length in lengths]
+    return plan_units(lengths, works, token_budget(lengths, max_tokens), num_ranks, multiple, lockstep)
+
+
+def token_budget(lengths: Sequence[int], max_tokens: int | None) -> int:
+    """The most tokens of a microbatch, ``max_tokens`` as in :func:`plan_step`."""
+    return max([DYNAMIC_TOKENS, *lengths]) if max_tokens is None else max_tokens
+
+
+def plan_units(
+    tokens: Sequence[int], works: Sequence[float], max_tokens: int, num_ranks: int, multiple: int, lockstep: bool
+) -> list[Plan]:
+    """:func:`plan_step` of anything that stays together: ``tokens`` and ``works`` of each unit."""
+    assert max_tokens >= 1 and all(number >= 1 for number in tokens), (max_tokens, min(tokens, default=1))
+    load = np.array(works, dtype=np.float64)
+    count = -(-_fewest(tokens, max_tokens) // (num_ranks * multiple)) * multiple
+    while (filled := _fill(tokens, load, max_tokens, (count, num_ranks), lockstep)) is None:
         count += multiple
-    return _aligned(filled, works, num_ranks) if lockstep else _sorted(filled, works, num_ranks)
+    return _aligned(filled, load, num_ranks) if lockstep else _sorted(filled, load, num_ranks)
 
 
 def _fewest(lengths: Sequence[int], max_tokens: int) -> int:
@@ -71,7 +82,7 @@ def _fill(
     num_ranks = shape[1]
     places: Plan = [[] for _ in range(shape[0] * num_ranks)]
     tokens, load = np.zeros(shape, dtype=np.int64), np.zeros(shape)
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(range(len(lengths)), key=lambda i: (-works[i], i)):
         has_room = (tokens + lengths[index] <= max_tokens) | (tokens == 0)
         if not has_room.any():
             return None

@@ -1,16 +1,17 @@
 """Packing: sequences of any length end to end into microbatches, no padding between them.
 
-A plan (`data/balance.py`) says which sequences share a microbatch; here it is turned into tensors. What a finished
-:class:`MicroBatch` keeps:
+A plan (`data/balance.py`, `data/families.py`) says which sequences share a microbatch; here it is turned into tensors.
+What a finished :class:`MicroBatch` keeps:
 
-1. every sample is in it once, whole, in the order given, and the real tokens come first;
+1. every sample is in it once, in the order given, and the real tokens come first; whole, or in two pieces: the
+   beginning that it shares with its neighbours, which comes once before them, and the rest;
 2. ``T = sum(lengths)`` is a multiple of the tensor-parallel size; padding is less than one such multiple (an empty
    microbatch is nothing but padding);
 3. ``labels[t]`` is the next token of the same sequence, 0 at its last token and on padding;
-4. ``position_ids`` count from 0 in every sequence and every piece of padding;
+4. ``position_ids`` count from 0 in every sequence, through both its pieces, and in every piece of padding;
 5. weights and all other arrays are zero on padding; the weight of a sequence's last token is zero, for nothing of that
    sequence follows. (Multi-token prediction shifts labels and weights once more, inside each sequence, and so keeps
-   this.)
+   this.) A shared beginning has no weight, and what its rows hold else is the first sample's;
 6. no piece of padding is longer than the longest real sequence, so ``max(lengths) < T`` as soon as there are two
    pieces. megatron-core's rotary embedding takes a table of exactly ``T`` rows for absolute positions of the whole
    pack instead of positions within a sequence; with this the two cannot be confused, and padding never costs more
@@ -21,7 +22,10 @@ A plan (`data/balance.py`) says which sequences share a microbatch; here it is t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +40,7 @@ ARRAYS = ("loss_mask", "advantages", "behaviour_logprobs", "old_logprobs", "refe
 def build_microbatch(
     samples: Sequence[TrainSample],
     *,
+    shared: Sequence[int] | None = None,
     multiple: int = 1,
     routing_shape: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
@@ -44,6 +49,8 @@ def build_microbatch(
 
     Args:
         samples: none: a dummy microbatch of zero weight, the shortest there is (but two tokens at least).
+        shared: how many leading tokens of each sample are computed with those of the sample before it, which has the
+            same; ``None``: none.
         multiple: the tensor-parallel size.
         routing_shape: ``(num_local_moe_layers, topk)`` to replay recorded routing, which every sample then must have;
             ``None``: no replay, whatever the samples recorded.
@@ -52,32 +59,44 @@ def build_microbatch(
     ``arrays`` holds each of ``ARRAYS`` that the samples have (all of them or none: a mixture is an error) and, in a
     dummy, every one of them, all zero.
     """
-    lengths = [len(sample.tokens) for sample in samples]
+    pieces, sequence_pieces = _pieces(samples, shared or [0] * len(samples))
+    lengths = [piece.length for piece in pieces]
     num_tokens = sum(lengths)
     total = -(-max(num_tokens, 1 if samples else 2) // multiple) * multiple
-    pieces = lengths + _padding_pieces(total - num_tokens, max(lengths, default=total))
+    lengths += _padding_pieces(total - num_tokens, max(lengths, default=total))
+    starts = [piece.start for piece in pieces] + [0] * (len(lengths) - len(pieces))
+    sequence_pieces[sequence_pieces < 0] = len(lengths)
+
+    def packed(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+        """``[1, total]``: the pieces of each sample's array end to end, then zeros."""
+        result = np.zeros((1, total), dtype=dtype)
+        if pieces:
+            result[0, :num_tokens] = np.concatenate([piece.of(arrays) for piece in pieces])
+        return result
 
     arrays = {}
     for name in ARRAYS:
         present = [getattr(sample, name) is not None for sample in samples]
         assert all(present) or not any(present), f"{name}: present in {sum(present)} of {len(samples)} samples"
         if all(present):
-            arrays[name] = _packed([getattr(sample, name) for sample in samples], total, np.float32)
+            arrays[name] = packed([getattr(sample, name) for sample in samples], np.float32)
     for sample in samples:
         assert sample.weights[-1] == 0, "the last token of a sequence predicts nothing: its weight must be zero"
     tensors = {
-        "tokens": _packed([sample.tokens for sample in samples], total, np.int64),
-        "labels": _packed([np.append(sample.tokens[1:], 0) for sample in samples], total, np.int64),
-        "position_ids": np.concatenate([np.arange(length) for length in pieces])[None],
-        "weights": _packed([sample.weights for sample in samples], total, np.float32),
-        "cu_seqlens": np.cumsum([0, *pieces], dtype=np.int32),
+        "tokens": packed([sample.tokens for sample in samples], np.int64),
+        "labels": packed([np.append(sample.tokens[1:], 0) for sample in samples], np.int64),
+        "position_ids": np.concatenate([start + np.arange(length) for start, length in zip(starts, lengths)])[None],
+        "weights": packed([sample.weights for sample in samples], np.float32),
+        "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32),
+        "sequence_pieces": sequence_pieces,
     }
     routed_experts = None
     if routing_shape is not None:
-        routed_experts = _on_device(_packed_routing(samples, total, routing_shape), device)
+        routed_experts = _on_device(_packed_routing(samples, pieces, total, routing_shape), device)
     return MicroBatch(
         **{name: _on_device(array, device) for name, array in tensors.items()},
-        lengths=tuple(pieces),
+        lengths=tuple(lengths),
+        starts=tuple(starts),
         num_tokens=num_tokens,
         num_sequences=len(samples),
         arrays={name: _on_device(array, device) for name, array in arrays.items()},
@@ -88,24 +107,66 @@ def build_microbatch(
 def pack_step(
     samples: Sequence[TrainSample],
     plan: Plan,
+    shared: Plan | None = None,
     *,
     num_tokens: int,
-    multiple: int = 1,
-    routing_shape: tuple[int, int] | None = None,
-    device: torch.device | str = "cpu",
+    **options: Any,
 ) -> StepBatch:
-    """The microbatches of ``plan`` over ``samples``; ``num_tokens`` counts the loss tokens of the step on all ranks."""
+    """The microbatches of ``plan`` over ``samples``.
+
+    Args:
+        shared: beside every sequence of the plan what :func:`build_microbatch` wants to know of it.
+        num_tokens: the loss tokens of the step on all ranks.
+        options: of :func:`build_microbatch`.
+    """
     microbatches = tuple(
-        build_microbatch([samples[i] for i in indices], multiple=multiple, routing_shape=routing_shape, device=device)
-        for indices in plan
+        build_microbatch([samples[i] for i in indices], shared=common, **options)
+        for indices, common in zip(plan, itertools.repeat(None) if shared is None else shared)
     )
     return StepBatch(microbatches=microbatches, num_tokens=num_tokens)
 
 
 def unpack(values: torch.Tensor, batch: MicroBatch) -> list[np.ndarray]:
     """A token-aligned result ``[1, T]`` back to one array per real sequence, in the order they were packed."""
-    sequences = torch.split(values[0, : batch.num_tokens].detach().cpu(), batch.lengths[: batch.num_sequences])
-    return [sequence.numpy().copy() for sequence in sequences]
+    pieces = [piece.numpy() for piece in torch.split(values[0].detach().cpu(), batch.lengths)]
+    pieces.append(pieces[0][:0])
+    return [np.concatenate([pieces[beginning], pieces[own]]) for beginning, own in batch.sequence_pieces.T.tolist()]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens ``start`` to ``end`` of a sample."""
+
+    sample: int
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+    def of(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return arrays[self.sample][self.start : self.end]
+
+
+def _pieces(samples: Sequence[TrainSample], shared: Sequence[int]) -> tuple[list[_Piece], np.ndarray]:
+    """The real pieces of a pack, and `MicroBatch.sequence_pieces` with -1 for none."""
+    pieces: list[_Piece] = []
+    of_sequences = np.empty((2, len(samples)), dtype=np.int64)
+    beginning = -1
+    for i, sample in enumerate(samples):
+        length, behind = len(sample.tokens), shared[i]
+        if not behind:
+            beginning, behind = -1, shared[i + 1] if i + 1 < len(samples) else 0
+            if behind:
+                beginning = len(pieces)
+                pieces.append(_Piece(i, 0, behind))
+        else:
+            assert beginning >= 0 and behind == pieces[beginning].end, f"sample {i} goes on behind nothing: {shared}"
+        assert behind < length and not sample.weights[:behind].any(), "no token is learned from in a shared beginning"
+        of_sequences[:, i] = beginning, len(pieces)
+        pieces.append(_Piece(i, behind, length))
+    return pieces, of_sequences
 
 
 def _on_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
@@ -122,24 +183,21 @@ def _padding_pieces(padding: int, longest: int) -> list[int]:
     return [longest] * whole + ([rest] if rest else [])
 
 
-def _packed(parts: Sequence[np.ndarray], total: int, dtype: type) -> np.ndarray:
-    """``[1, total]``: the parts end to end, then zeros."""
-    packed = np.zeros((1, total), dtype=dtype)
-    if parts:
-        joined = np.concatenate(parts)
-        packed[0, : len(joined)] = joined
-    return packed
-
-
-def _packed_routing(samples: Sequence[TrainSample], total: int, shape: tuple[int, int]) -> np.ndarray:
+def _packed_routing(
+    samples: Sequence[TrainSample], pieces: Sequence[_Piece], total: int, shape: tuple[int, int]
+) -> np.ndarray:
     """Int64 ``[total, num_local_moe_layers, topk]``: recorded experts, and ``0 ... topk - 1`` where there are none."""
     routing = np.broadcast_to(np.arange(shape[1], dtype=np.int64), (total, *shape)).copy()
-    start = 0
+    experts = []
     for sample in samples:
         recorded, rows = sample.routed_experts, len(sample.tokens) - 1
         assert recorded is not None and recorded.shape == (rows, *shape), (
             f"routed_experts: expected {(rows, *shape)}, got {None if recorded is None else recorded.shape}"
         )
-        routing[start : start + rows] = recorded
-        start += rows + 1
+        experts.append(recorded)
+    first = 0
+    for piece in pieces:
+        recorded = piece.of(experts)
+        routing[first : first + len(recorded)] = recorded
+        first += piece.length
     return routing

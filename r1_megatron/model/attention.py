@@ -1,19 +1,35 @@
 """Core attention for the local layers: causal, packed sequences, keys and values of different width, grouped queries.
 
+A piece of a pack that does not start at position 0 goes on behind an earlier piece (`data/families.py`): its queries
+meet the keys of both. The earlier piece's own rows do not change, so it is attended once however many go on behind it.
+
 Legend: T packed tokens, S tokens of one sequence, B sequences, N query heads of this rank, K query/key width, V value
 width. Keys and values may have fewer heads (G, a divisor of N): each serves N / G query heads in a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+# Rows behind a beginning that are attended at once: their mask is materialised, this many rows by all keys.
+_MASKED_ROWS = 512
 
-def causal_attention(q_BNSK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSV: torch.Tensor, scale: float) -> torch.Tensor:
+
+def causal_attention(
+    q_BNSK: torch.Tensor,
+    k_BGSK: torch.Tensor,
+    v_BGSV: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Scaled dot-product attention under a causal mask; answers ``[B, N, S, V]``.
+
+    ``mask``: what to add to the scores, of queries that stand at the end of their keys; ``None``: as many as those.
 
     PyTorch's flash kernel wants one width for keys and values: narrower values are padded with zeros and cut again,
     which is still half the time of the general kernel (forward and backward, CPU).
@@ -22,25 +38,71 @@ def causal_attention(q_BNSK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSV: torch.T
     if value_width < key_width:
         v_BGSV = F.pad(v_BGSV, (0, key_width - value_width))
     grouped = q_BNSK.shape[1] != k_BGSK.shape[1]
-    output = F.scaled_dot_product_attention(q_BNSK, k_BGSK, v_BGSV, is_causal=True, scale=scale, enable_gqa=grouped)
+    output = F.scaled_dot_product_attention(
+        q_BNSK, k_BGSK, v_BGSV, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
     return output[..., :value_width]
 
 
-def packed_causal_attention(q_TNK, k_TGK, v_TGV, lengths: tuple[int, ...], scale: float) -> torch.Tensor:
-    """Each sequence of the pack attends to itself; answers ``[T, N, V]``. ``sum(lengths) == T``."""
-    outputs = [
-        causal_attention(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale)[0]
-        for q, k, v in zip(q_TNK.split(lengths), k_TGK.split(lengths), v_TGV.split(lengths))
-    ]
-    return torch.cat([output.transpose(0, 1) for output in outputs])
+def packed_causal_attention(
+    q_TNK: torch.Tensor,
+    k_TGK: torch.Tensor,
+    v_TGV: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    starts: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Each sequence of the pack attends to itself; answers ``[T, N, V]``. ``sum(lengths) == T``.
+
+    ``starts``: the position of each piece's first token, as `MicroBatch.starts`; ``None``: all 0.
+    """
+    starts = [0] * len(lengths) if starts is None else starts
+    mask = _mask_behind(lengths, starts, q_TNK) if any(starts) else None
+    parts = (x_TNC.transpose(0, 1)[None].split(list(lengths), dim=2) for x_TNC in (q_TNK, k_TGK, v_TGV))
+    outputs = []
+    beginning: tuple[torch.Tensor, torch.Tensor] | None = None
+    for start, q, k, v in zip(starts, *parts):
+        if start == 0:
+            beginning = k, v
+            outputs.append(causal_attention(q, k, v, scale))
+        else:
+            assert beginning is not None and mask is not None and beginning[0].shape[2] == start, (lengths, starts)
+            keys, values = (torch.cat(both, dim=2) for both in zip(beginning, (k, v)))
+            outputs += _attention_behind(q, keys, values, mask, scale)
+    return torch.cat([output[0].transpose(0, 1) for output in outputs])
+
+
+def _attention_behind(q_1NSK, k_1GSK, v_1GSV, mask_RS: torch.Tensor, scale: float) -> list[torch.Tensor]:
+    """The last rows of longer sequences of keys and values, R of them at a time, so that masks stay small."""
+    start, outputs = k_1GSK.shape[2] - q_1NSK.shape[2], []
+    for q in q_1NSK.split(mask_RS.shape[0], dim=2):
+        start += (rows := q.shape[2])
+        mask = mask_RS[mask_RS.shape[0] - rows :, mask_RS.shape[1] - start :]
+        outputs.append(causal_attention(q, k_1GSK[:, :, :start], v_1GSV[:, :, :start], scale, mask))
+    return outputs
+
+
+def _mask_behind(lengths: Sequence[int], starts: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """``[R, S]``, of which any lower right corner is the causal mask of the last rows of a sequence."""
+    behind = [(length, start) for length, start in zip(lengths, starts) if start]
+    rows = min(_MASKED_ROWS, max(length for length, _ in behind))
+    columns = max(length + start for length, start in behind)
+    return like.new_full((rows, columns), -torch.inf).triu(columns - rows + 1)
 
 
 def packed_lengths(packed: PackedSeqParams) -> tuple[int, ...]:
-    """Sequence lengths of a pack; our packs carry them as Python integers, so no layer waits for the device."""
+    """Lengths of a pack's pieces; our packs carry them as Python integers, so no layer waits for the device."""
     lengths = getattr(packed, "lengths", None)
     if lengths is None:
         lengths = tuple((packed.cu_seqlens_q[1:] - packed.cu_seqlens_q[:-1]).tolist())
     return lengths
+
+
+def attends_to_beginnings(chunk: torch.nn.Module) -> bool:
+    """Whether pieces of a pack may go on behind others in a chunk of a model: not in Transformer Engine's attention,
+    which knows a pack by its boundaries alone."""
+    layers = [module for module in chunk.modules() if hasattr(module, "core_attention")]
+    return all(isinstance(layer.core_attention, CausalAttention) for layer in layers)
 
 
 class CausalAttention(torch.nn.Module):
@@ -80,7 +142,8 @@ class CausalAttention(torch.nn.Module):
     ):
         if packed_seq_params is not None:
             lengths = packed_lengths(packed_seq_params)
-            return packed_causal_attention(query, key, value, lengths, self.softmax_scale).flatten(1)
+            starts = getattr(packed_seq_params, "starts", None)
+            return packed_causal_attention(query, key, value, lengths, self.softmax_scale, starts).flatten(1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         return causal_attention(q, k, v, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)
 

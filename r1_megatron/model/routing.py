@@ -11,6 +11,7 @@ megatron-core's ``TopKRouter`` does the scores and the gates. Here differ:
 * **Padding** never counts: neither in the balancing bias's statistics nor in the auxiliary loss, so a layout that pads
   more does not balance differently.
 * **Sequence-wise auxiliary loss** is per sequence of the pack. megatron-core takes a pack for one sequence.
+* **A beginning that sequences share** (`data/families.py`) counts once for each of them, in both.
 
 Legend: T rows of this rank (a tensor-parallel shard under sequence parallelism), E experts, K chosen per token.
 """
@@ -32,19 +33,32 @@ class RoutingPlan:
 
     Attributes:
         num_tokens: real rows of this rank; rows behind them are padding.
-        sequence_ids: int64 ``[num_tokens]``, the sequence each real row belongs to, numbered within the microbatch.
-        sequence_lengths: int64 ``[num_sequences]``, real tokens of each sequence (over all tensor-parallel ranks).
+        row_pieces: int64 ``[num_tokens]``, the piece of the pack that each real row belongs to.
+        sequence_pieces: int64 ``[2, num_sequences]``, as in :class:`~r1_megatron.types.MicroBatch`.
+        piece_lengths: int64 ``[num_pieces + 1]``, tokens of each piece (over all tensor-parallel ranks); of "none", 0.
+        row_counts: float32 ``[num_tokens]``, of how many sequences each real row is a part.
         aux_loss_scale: what one sequence's balance loss counts: 1 / sequences of the whole step.
         experts: int64 ``[T, num_local_moe_layers, K]`` to be chosen, or ``None`` for the router's own choice.
         for_backward: false in forward-only passes: nothing is queued for recomputation.
     """
 
     num_tokens: int
-    sequence_ids: torch.Tensor | None = None
-    sequence_lengths: torch.Tensor | None = None
+    row_pieces: torch.Tensor | None = None
+    sequence_pieces: torch.Tensor | None = None
+    piece_lengths: torch.Tensor | None = None
+    row_counts: torch.Tensor | None = None
     aux_loss_scale: float = 0.0
     experts: torch.Tensor | None = None
     for_backward: bool = True
+
+    def per_sequence(self, rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+        """Sums over each sequence's rows, ``[num_tokens, E]`` to ``[num_sequences, E]``; with ``group``, over its ranks
+        too, without gradient."""
+        assert self.row_pieces is not None and self.sequence_pieces is not None and self.piece_lengths is not None
+        pieces = rows.new_zeros(len(self.piece_lengths), rows.shape[1]).index_add(0, self.row_pieces, rows)
+        if group is not None and group.size() > 1:
+            dist.all_reduce(pieces, group=group)
+        return pieces[self.sequence_pieces].sum(0)
 
 
 class RouterReplay:
@@ -145,16 +159,12 @@ class PackedRouter(TopKRouter):
         plan = self.router_replay.plan()
         if coefficient == 0 or plan is None or plan.aux_loss_scale == 0:
             return probs
-        assert plan.sequence_ids is not None and plan.sequence_lengths is not None
-        num_sequences, rows = plan.sequence_lengths.shape[0], plan.num_tokens
-        lengths = plan.sequence_lengths.to(scores_for_aux_loss.dtype)[:, None]
-        counts_SE = scores_for_aux_loss.new_zeros(num_sequences, self.config.num_moe_experts)
-        chosen = routing_map[:rows].to(counts_SE.dtype)
-        counts_SE.index_add_(0, plan.sequence_ids, chosen)
-        if self.tp_cp_group.size() > 1:
-            dist.all_reduce(counts_SE, group=self.tp_cp_group)
+        assert plan.sequence_pieces is not None and plan.piece_lengths is not None
+        scores_RE = scores_for_aux_loss[: plan.num_tokens]
+        lengths = plan.piece_lengths[plan.sequence_pieces].sum(0).to(scores_RE.dtype)[:, None]
+        counts_SE = plan.per_sequence(routing_map[: plan.num_tokens].to(scores_RE.dtype), self.tp_cp_group)
         frequency_SE = counts_SE * (self.config.num_moe_experts / self.topk) / lengths
-        score_SE = torch.zeros_like(counts_SE).index_add(0, plan.sequence_ids, scores_for_aux_loss[:rows]) / lengths
+        score_SE = plan.per_sequence(scores_RE) / lengths
         loss = coefficient * plan.aux_loss_scale * (frequency_SE * score_SE).sum()
         return MoEAuxLossAutoScaler.apply(probs, loss)
 
@@ -163,8 +173,10 @@ class PackedRouter(TopKRouter):
         plan = self.router_replay.plan()
         if self.enable_expert_bias and torch.is_grad_enabled():
             with torch.no_grad():
-                rows = routing_map if plan is None else routing_map[: plan.num_tokens]
-                self.local_tokens_per_expert += rows.sum(dim=0)
+                if plan is None or plan.row_counts is None:
+                    self.local_tokens_per_expert += routing_map.sum(dim=0)
+                else:
+                    self.local_tokens_per_expert += plan.row_counts @ routing_map[: plan.num_tokens].float()
 
 
 def chunk_routers(chunk) -> list[PackedRouter]:

@@ -283,8 +283,8 @@ def _packs_without_host_reads() -> None:
     """Rotary embedding and multi-token prediction read a pack's boundaries back from the device, in every layer and for
     every sequence, and the host waits each time. The same functions without a look at the values.
 
-    A position is always that within its sequence; megatron-core's rotary embedding counts through the whole pack where
-    its table happens to have as many rows as the pack.
+    A position is always that within its sequence, which may go on in a later piece of the pack; megatron-core's rotary
+    embedding counts through the whole pack where its table happens to have as many rows as the pack.
     """
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer import multi_token_prediction
@@ -297,8 +297,9 @@ def _packs_without_host_reads() -> None:
     def roll(tensor, shifts, dims, packed_seq_params, cp_group=None):
         assert cp_group is None or cp_group.size() == 1, "sequences are not split over ranks"
         assert shifts == -1 and dims in (-1, tensor.dim() - 1), (shifts, dims)
-        last = packed_seq_params.cu_seqlens_q[1:].long() - 1
-        rolled = tensor.roll(-1, dims=-1).index_fill(-1, last, 0)
+        position = pack_positions(packed_seq_params.cu_seqlens_q, tensor.shape[-1])
+        goes_on = position.roll(-1) == position + 1
+        rolled = torch.where(goes_on, tensor.roll(-1, dims=-1), 0)
         return rolled, rolled.sum()
 
     rope_utils._apply_rotary_pos_emb_thd = rotate
@@ -332,7 +333,14 @@ def _sorts_by_known_order() -> None:
 
 
 def pack_positions(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Int32 ``[num_tokens]``: each token's position within its sequence. ``cu_seqlens``: ``[S + 1]`` int32."""
+    """``[num_tokens]``: each token's position within its sequence. ``cu_seqlens``: ``[S + 1]`` int32.
+
+    The boundaries may carry the positions with them, as ``cu_seqlens.positions``: of packs in which a sequence is more
+    than what lies between two boundaries.
+    """
+    positions = getattr(cu_seqlens, "positions", None)
+    if positions is not None:
+        return positions
     return (
         torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
         - cu_seqlens[pack_sequences(cu_seqlens, 0, num_tokens)]

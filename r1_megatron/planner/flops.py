@@ -9,6 +9,7 @@ sequences, so a model that has them pays for them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,17 +32,27 @@ class ModelFlops:
     per_token: int
     per_pair: int
 
-    def forward(self, length: int) -> int:
-        """One sequence of ``length`` tokens under causal attention."""
-        return self.per_token * length + self.per_pair * (length * (length + 1) // 2)
+    def forward(self, length: int, after: int = 0) -> int:
+        """``length`` tokens of a sequence under causal attention, which follow ``after`` others."""
+        return self.per_token * length + self.per_pair * _pairs(length, after)
 
-    def training(self, lengths: Iterable[int]) -> int:
-        """Forward and backward pass over sequences of these lengths."""
-        return TRAINING_FACTOR * sum(self.forward(length) for length in lengths)
+    def training(self, lengths: Iterable[int], shared: Iterable[int] | None = None) -> int:
+        """Forward and backward pass over sequences of these lengths.
 
-    def work(self, length: int) -> float:
-        """The cost of a sequence relative to that of a token that attends to nothing: grows faster than its length."""
-        return length + self.per_pair / self.per_token * (length * (length + 1) / 2)
+        Args:
+            shared: how many leading tokens of each are computed for another sequence, where they count.
+        """
+        pairs = zip(lengths, itertools.repeat(0) if shared is None else shared)
+        return TRAINING_FACTOR * sum(self.forward(length - done, done) for length, done in pairs)
+
+    def work(self, length: int, after: int = 0) -> float:
+        """The same relative to the cost of a token that attends to nothing: grows faster than ``length``."""
+        return length + self.per_pair / self.per_token * _pairs(length, after)
+
+
+def _pairs(length: int, after: int) -> int:
+    """Of ``length`` queries with the keys at or before them."""
+    return length * after + length * (length + 1) // 2
 
 
 def model_flops(model: ModelConfig) -> ModelFlops:

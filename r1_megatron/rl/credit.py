@@ -42,6 +42,7 @@ def assign_credit(
                     behaviour_logprobs=align_response(rollout, rollout.logprobs),
                     routed_experts=rollout.routed_experts,
                     stale=stale_tokens(rollout),
+                    prompt_len=rollout.prompt_len,
                 )
             )
     return samples

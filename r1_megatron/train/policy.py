@@ -19,8 +19,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from r1_megatron.config.schema import RunConfig
-from r1_megatron.data.balance import plan_step
-from r1_megatron.data.packing import pack_step, unpack
+from r1_megatron.data.families import plan_families, shared_tokens
+from r1_megatron.data.packing import unpack
+from r1_megatron.model.attention import attends_to_beginnings
 from r1_megatron.model.build import build_model
 from r1_megatron.model.policy_model import PolicyModel
 from r1_megatron.model.routing import all_routers, chunk_routers
@@ -30,7 +31,7 @@ from r1_megatron.telemetry.phases import phase
 from r1_megatron.train.offload import HostShelf
 from r1_megatron.train.optimizer import build_optimizer, ddp_config
 from r1_megatron.train.schedule import Pipeline, finalize_gradients, statistics_pass
-from r1_megatron.train.share import Share, gather_lengths
+from r1_megatron.train.share import Share, gather_outlines
 from r1_megatron.types import StepBatch, TrainSample
 
 # Tensors by chunk and name: the weights of another policy for the same modules.
@@ -141,9 +142,8 @@ class Policy:
         Work is spread evenly over the data-parallel ranks, so a rank packs other ranks' samples too. Collective.
         """
         with phase("pack"):
-            share = self.share(samples)
-            packing = self._packing(self.routing_shape)
-            return pack_step(share.hand_out(samples), share.plan, num_tokens=num_tokens, **packing)
+            options = self._packing(self.routing_shape)
+            return self.share(samples).pack(samples, num_tokens=num_tokens, **options)
 
     def logprobs(self, samples: Sequence[TrainSample], temperature: float, replay: bool = True) -> list[np.ndarray]:
         """Token-aligned log-probabilities of each sample under the training forward, float32, on every rank.
@@ -152,11 +152,10 @@ class Policy:
         experts are used where they were recorded. Collective over all ranks.
         """
         with phase("pack"):
-            share = self.share(samples)
             if not replay:
                 samples = [dataclasses.replace(sample, routed_experts=None) for sample in samples]
-            packing = self._packing(self.routing_shape if replay else None)
-            batch = pack_step(share.hand_out(samples), share.plan, num_tokens=0, **packing)
+            share = self.share(samples)
+            batch = share.pack(samples, num_tokens=0, **self._packing(self.routing_shape if replay else None))
         self.train_mode()
         with phase("logprobs"), self.gathered():
             outputs = statistics_pass(self.pipeline, batch.microbatches, temperature)
@@ -169,19 +168,29 @@ class Policy:
         return share.hand_back([values for part, microbatch in parts for values in unpack(part, microbatch)])
 
     def share(self, samples: Sequence[TrainSample]) -> Share:
-        """Who works on which sample, and in which microbatch. Collective over the data-parallel ranks."""
+        """Who works on which sample, and in which microbatch. Collective over all ranks."""
         topology = self.groups.topology
-        lengths = gather_lengths([len(sample.tokens) for sample in samples], self.groups)
-        flat = list(itertools.chain(*lengths))
-        plans = plan_step(
-            flat,
+        outlines = gather_outlines(samples, self.shared_tokens(samples), self.groups)
+        plans, shared = plan_families(
+            list(itertools.chain(*outlines)),
             self.flops.work,
             max_tokens=self.cfg.train.micro_batch_tokens,
             num_ranks=topology.dp,
             multiple=self.pipeline.count_multiple,
             lockstep=topology.ep * topology.etp > topology.tp,
         )
-        return Share(self.groups, plans, first=[0, *itertools.accumulate(map(len, lengths))])
+        return Share(self.groups, plans, shared, first=[0, *itertools.accumulate(map(len, outlines))])
+
+    @cached_property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is computed once for its samples: asked for, and the model's attention can do it."""
+        return self.cfg.train.share_prompts and all(map(attends_to_beginnings, self.chunks))
+
+    def shared_tokens(self, samples: Sequence[TrainSample]) -> list[int]:
+        """How many leading tokens of each sample are those of the one before it, and computed with them."""
+        if not self.shares_prompts:
+            return [0] * len(samples)
+        return shared_tokens(samples, predicted=1 + self.cfg.model.mtp_num_layers)
 
     def _packing(self, routing_shape: tuple[int, int] | None) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -128,8 +129,9 @@ def _run(
 
 
 def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
-    """The pack's boundaries for attention and rotary embedding; ``lengths`` keeps them as Python integers too."""
-    boundaries, longest = batch.cu_seqlens, max(batch.lengths)
+    """The pack's boundaries for attention and rotary embedding; ``lengths`` and ``starts`` are Python integers."""
+    boundaries, longest = batch.cu_seqlens, max(map(sum, zip(batch.starts, batch.lengths)))
+    boundaries.positions = batch.position_ids[0]  # type: ignore[attr-defined] (see pack_positions)
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries,
@@ -137,7 +139,7 @@ def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    packed.lengths = batch.lengths
+    packed.lengths, packed.starts = batch.lengths, batch.starts
     return packed
 
 
@@ -148,10 +150,15 @@ def routing_plan(batch: MicroBatch, groups: ProcessGroups, num_sequences: int, f
     first = groups.tp_rank * rows
     real = min(max(batch.num_tokens - first, 0), rows)
     experts = None if batch.routed_experts is None else batch.routed_experts[first : first + rows]
+    row_pieces, members = pack_sequences(batch.cu_seqlens, first, first + real), batch.sequence_pieces.flatten()
+    counts = torch.zeros(len(batch.lengths) + 1, device=members.device)
+    counts.index_add_(0, members, torch.ones_like(members, dtype=counts.dtype))
     return RoutingPlan(
         num_tokens=real,
-        sequence_ids=pack_sequences(batch.cu_seqlens, first, first + real),
-        sequence_lengths=batch.cu_seqlens.diff()[: batch.num_sequences].long(),
+        row_pieces=row_pieces,
+        sequence_pieces=batch.sequence_pieces,
+        piece_lengths=F.pad(batch.cu_seqlens.diff(), (0, 1)).long(),
+        row_counts=counts[row_pieces],
         aux_loss_scale=1.0 / num_sequences if num_sequences else 0.0,
         experts=experts,
         for_backward=for_backward,

@@ -1,7 +1,8 @@
 """Who works on which sequence: the samples of all data-parallel ranks dealt anew, so that the ranks are done together.
 
-Rollouts lie where they were sampled, and how long they became nobody chose. Lengths are exchanged, every rank makes the
-same plan from them (`data/balance.py`), samples travel to the rank that works on them, and what it finds travels back.
+Rollouts lie where they were sampled, and how long they became nobody chose. Outlines are exchanged, every rank makes
+the same plan from them (`data/balance.py`), samples travel to the rank that works on them, and what it finds travels
+back. Samples of a prompt go together where that is computed once for them (`data/families.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import torch
 import torch.distributed as dist
 
 from r1_megatron.data.balance import Plan
+from r1_megatron.data.families import Outline
+from r1_megatron.data.packing import pack_step
 from r1_megatron.parallel.groups import ProcessGroups
+from r1_megatron.types import StepBatch, TrainSample
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,13 @@ class Share:
 
     Attributes:
         plans: the plan of every rank.
+        shared: beside every sequence of a plan, how many leading tokens it shares with the one before it.
         first: the number of every rank's first sequence, and how many there are in all.
     """
 
     groups: ProcessGroups
     plans: Sequence[Plan]
+    shared: Sequence[Plan]
     first: Sequence[int]
 
     @property
@@ -38,6 +44,10 @@ class Share:
         """This rank's microbatches as indices into what :meth:`hand_out` answers."""
         numbers = itertools.count()
         return [[next(numbers) for _ in microbatch] for microbatch in self.plans[self.groups.dp_rank]]
+
+    def pack(self, mine: Sequence[TrainSample], **options: Any) -> StepBatch:
+        """This rank's microbatches; ``mine`` are the samples that lie here. Collective over the data-parallel ranks."""
+        return pack_step(self.hand_out(mine), self.plan, self.shared[self.groups.dp_rank], **options)
 
     def hand_out(self, mine: Sequence[Any]) -> list[Any]:
         """What belongs to the sequences of this rank's plan, in its order; ``mine``: to those that lie here.
@@ -95,9 +105,20 @@ class Share:
         return [pickle.loads(part.numpy()) for part in received.cpu().split(in_sizes)]
 
 
-def gather_lengths(lengths: Sequence[int], groups: ProcessGroups) -> list[list[int]]:
-    """The lengths that every data-parallel rank holds. Collective over them."""
-    everyone: list[list[int]] = [list(lengths)] * groups.topology.dp
+def gather_outlines(
+    samples: Sequence[TrainSample], shared: Sequence[int], groups: ProcessGroups
+) -> list[list[Outline]]:
+    """The outlines of the samples that every data-parallel rank holds. Collective over all ranks.
+
+    ``shared`` is what this rank found; the ranks of a pipeline know the experts of their own layers only, so what holds
+    is what all of them found.
+    """
+    if groups.topology.pp > 1:
+        agreed = torch.tensor(shared, dtype=torch.int64, device=groups.device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=groups.pp)
+        shared = agreed.tolist()
+    mine = [Outline(len(sample.tokens), common) for sample, common in zip(samples, shared, strict=True)]
+    everyone: list[list[Outline]] = [mine] * groups.topology.dp
     if groups.topology.dp > 1:
-        dist.all_gather_object(everyone, list(lengths), group=groups.dp)
+        dist.all_gather_object(everyone, mine, group=groups.dp)
     return everyone

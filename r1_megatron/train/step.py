@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -159,17 +160,10 @@ def _diagnose(policy: Policy, batch: StepBatch, objective: Objective, num_sequen
 
 def _silent(microbatch: MicroBatch) -> MicroBatch:
     """The same shapes with no weight and finite content, to fill an interleaved schedule."""
-    return MicroBatch(
-        tokens=microbatch.tokens,
-        labels=microbatch.labels,
-        position_ids=microbatch.position_ids,
+    return replace(
+        microbatch,
         weights=torch.zeros_like(microbatch.weights),
-        lengths=microbatch.lengths,
-        cu_seqlens=microbatch.cu_seqlens,
-        num_tokens=microbatch.num_tokens,
-        num_sequences=microbatch.num_sequences,
         arrays={name: torch.zeros_like(array) for name, array in microbatch.arrays.items()},
-        routed_experts=microbatch.routed_experts,
     )
 
 

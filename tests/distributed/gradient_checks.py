@@ -213,7 +213,7 @@ def router_replay(bench: Bench) -> Answer:
     answer: Answer = {}
     for name, options in {"plain": {}, "full": full, "moe": moe}.items():
         policy = bench.policy(bench.config(TINY, replace(NORMAL, **options), replay=True))
-        samples = bench.mine(bench.samples(expected["routing"], _moe_columns(policy)))
+        samples = bench.mine(bench.samples(expected["routing"], moe_columns(policy)))
         policy.logprobs(samples, 1.0)  # must leave nothing behind for the backward pass
         answer[name] = gradients_of(policy, samples, expected)
         answer[name]["pending"] = sum(r.router_replay.pending for c in policy.chunks for r in all_routers(c))
@@ -251,7 +251,7 @@ def bf16(bench: Bench) -> Answer:
     """Half precision against float64, with the experts that float64 chose (a flipped expert is no rounding error)."""
     expected = bench.references["tiny"]
     policy = bench.policy(bench.config(TINY, replace(NORMAL, bf16=True), replay=True))
-    samples = bench.mine(bench.samples(expected["routing"], _moe_columns(policy)))
+    samples = bench.mine(bench.samples(expected["routing"], moe_columns(policy)))
     answer = gradients_of(policy, samples, expected)
     found = policy.logprobs(samples, 1.0)
     position = {sample.tokens.tobytes(): i for i, sample in enumerate(bench.samples())}
@@ -300,7 +300,7 @@ def host_reads(bench: Bench) -> Answer:
     """Where one pass of training and one of annotation ask for values, with everything there is: multi-token
     prediction, the auxiliary loss, replayed experts."""
     policy = bench.policy(bench.config(replace(TINY_MTP, moe_aux_loss_coeff=0.1), replay=True), "mtp")
-    samples = bench.mine(bench.samples(bench.references["replay"]["routing"], _moe_columns(policy)))
+    samples = bench.mine(bench.samples(bench.references["replay"]["routing"], moe_columns(policy)))
     batch = policy.pack(samples, 1)
     policy.train_mode()
     train_pass(policy.pipeline, batch.microbatches, WEIGHTED_NLL, 16)  # what is read once is read now
@@ -310,7 +310,7 @@ def host_reads(bench: Bench) -> Answer:
     return {"places": sorted(reads.places)}
 
 
-def _moe_columns(policy: Policy) -> list[int]:
+def moe_columns(policy: Policy) -> list[int]:
     """Which MoE layers of the model this rank's routers are, in the order of ``Rollout.routed_experts``."""
     dense = policy.cfg.model.first_k_dense_replace
     return [

@@ -39,7 +39,9 @@ def microbatch(vocab: int, generator: torch.Generator) -> MicroBatch:
         position_ids=tokens,
         weights=mask * torch.rand(1, total, generator=generator),
         lengths=LENGTHS,
+        starts=(0,) * len(LENGTHS),
         cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32),
+        sequence_pieces=torch.tensor([[len(LENGTHS), i] for i in range(len(LENGTHS) - 1)]).T,
         num_tokens=total - LENGTHS[-1],
         num_sequences=len(LENGTHS) - 1,
         arrays={

@@ -48,6 +48,12 @@ LAYOUTS["pp2_string"] = replace(layout(pp=2), pipeline_model_parallel_layout="Et
 # Which checks of train_checks.py run on which layout: the gradients everywhere, the rest where it could break.
 PLAN = {
     "one": (
+        "family_gradients",
+        "family_mtp",
+        "family_replay",
+        "family_logprobs",
+        "family_bias",
+        "family_students",
         "offload",
         "gradients",
         "host_reads",
@@ -74,6 +80,7 @@ PLAN = {
         "bf16",
     ),
     "dp2": (
+        "family_logprobs",
         "offload",
         "gradients",
         "balance",
@@ -88,6 +95,9 @@ PLAN = {
         "nonfinite_stop",
     ),
     "tp2": (
+        "family_gradients",
+        "family_mtp",
+        "family_students",
         "gradients",
         "host_reads",
         "tied_embeddings",
@@ -103,6 +113,8 @@ PLAN = {
         "balancing_bias",
     ),
     "pp2": (
+        "family_gradients",
+        "family_replay",
         "gradients",
         "host_reads",
         "tied_embeddings",
@@ -127,6 +139,10 @@ PLAN = {
         "nonfinite_stop",
     ),
     "ep2": (
+        "family_gradients",
+        "family_replay",
+        "family_logprobs",
+        "family_bias",
         "gradients",
         "balance",
         "host_reads",
@@ -146,8 +162,22 @@ PLAN = {
     "pp2_uneven": ("gradients", "mtp", "router_replay"),
     "pp2_string": ("mtp", "mtp_left_alone", "mtp_recomputed"),
     "tp2dp2ep4": ("gradients", "balance", "one_rank_has_no_sample", "trajectory"),
-    "tp2pp2ep2": ("gradients", "aux_loss", "recompute", "logprobs", "router_replay", "grpo", "trajectory", "nonfinite"),
+    "tp2pp2ep2": (
+        "family_gradients",
+        "family_replay",
+        "family_logprobs",
+        "gradients",
+        "aux_loss",
+        "recompute",
+        "logprobs",
+        "router_replay",
+        "grpo",
+        "trajectory",
+        "nonfinite",
+    ),
     "eight": (
+        "family_mtp",
+        "family_bias",
         "gradients",
         "balance",
         "tied_embeddings",

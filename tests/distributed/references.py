@@ -3,6 +3,7 @@
 The file holds plain tensors, so that a rank never imports Transformers. Batches are lists of sequences::
 
     batch     tokens, weights                    signed weights, most lengths different (oracle.sequences)
+    families  tokens, weights, prompt_lens, routing   samples of common prompts (oracle.families)
     grpo      tokens and the arrays of a TrainSample for the GRPO loss
     <name>    one reference: loss, nll, gradients, routing, for the model and the batch that its maker says
     weights   the float32 weights of each model
@@ -25,6 +26,8 @@ GRPO = o.GrpoOptions(0.2, 0.28, clip_ratio_dual=1.5, kl_coef=0.05, entropy_coef=
 ADAMW = o.AdamWOptions(lrs=(2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3), weight_decay=0.1, clip_grad=0.3)
 BIAS_UPDATE_RATE = 1e-3
 TEMPERATURE = 0.7
+# From this sample of oracle.families on, the prompt of its group has other experts in the last layer.
+REROUTED_SAMPLE = 2
 
 
 def write_references(path: Path) -> None:
@@ -57,7 +60,34 @@ def write_references(path: Path) -> None:
         "batch": {"tokens": batch.tokens, "weights": batch.weights},
         "weights": {name: model.weights() for name, model in models.items()},
     }
-    torch.save(answers, path)
+    torch.save(answers | _families(tiny, models["mtp"]), path)
+
+
+def _families(tiny: o.Oracle, mtp: o.Oracle) -> dict[str, Any]:
+    """References of samples of common prompts, each computed by itself."""
+    batch, prompt_lens = o.families()
+    routing = o.random_routing(batch, TINY)
+    for i in range(1, len(batch.tokens)):
+        same = prompt_lens[i]
+        if torch.equal(batch.tokens[i][:same], batch.tokens[i - 1][:same]):
+            layers = slice(0, -1 if i == REROUTED_SAMPLE else None)
+            routing[i][layers] = [
+                torch.cat([b[:same], a[same:]]) for a, b in zip(routing[i][layers], routing[i - 1][layers])
+            ]
+    share = TINY_AUX.moe_aux_loss_coeff / len(batch.tokens)
+    natural = o.weighted_nll(tiny, batch, aux_weights=[share] * len(batch.tokens))
+    return {
+        "families": {
+            "tokens": batch.tokens,
+            "weights": batch.weights,
+            "prompt_lens": prompt_lens,
+            "routing": routing,
+        },
+        "families_aux": _plain(natural),
+        "families_mtp": _plain(o.weighted_nll(mtp, batch)),
+        "families_replay": _plain(o.weighted_nll(tiny, batch, routing)),
+        "families_bias": _updated_bias(tiny, natural.routing),
+    }
 
 
 def _plain(reference: o.Reference) -> dict[str, Any]:

@@ -133,6 +133,48 @@ def test_the_host_does_not_wait_in_a_pass(measured: Measured, layout: str) -> No
         assert set(answer["places"]) == expected
 
 
+@layouts("family_gradients")
+def test_a_prompt_computed_once(measured: Measured, layout: str) -> None:
+    """Samples of common prompts, against each of them alone; with the balance loss, plain and recomputed."""
+    for way in ("plain", "full", "selective"):
+        answers = [answer[way] for answer in measured(layout, "family_gradients")]
+        assert_exact(answers)
+        assert all(0 < answer["computed"] < 0.9 * answer["tokens"] for answer in answers)
+        assert all(answer["longest"] <= 60 for answer in answers)
+
+
+@layouts("family_mtp")
+def test_a_prompt_computed_once_with_multi_token_prediction(measured: Measured, layout: str) -> None:
+    answers = measured(layout, "family_mtp")
+    assert_exact(answers)
+    assert all(answer["computed"] < 0.95 * answer["tokens"] for answer in answers)
+
+
+@layouts("family_replay")
+def test_a_prompt_computed_once_with_replayed_experts(measured: Measured, layout: str) -> None:
+    """Where the prompt's own experts are not the same, it is computed again."""
+    answers = measured(layout, "family_replay")
+    assert_exact(answers)
+    assert all(answer["computed"] < 0.95 * answer["tokens"] for answer in answers)
+    assert all(answer["pending"] == 0 and answer["logprob_error"] <= 3e-5 for answer in answers)
+
+
+@layouts("family_logprobs")
+def test_logprobs_of_a_prompt_computed_once(measured: Measured, layout: str) -> None:
+    assert all(answer["error"] <= 3e-5 for answer in measured(layout, "family_logprobs"))
+
+
+@layouts("family_bias")
+def test_balancing_bias_of_a_prompt_computed_once(measured: Measured, layout: str) -> None:
+    assert all(answer["error"] == 0.0 for answer in measured(layout, "family_bias"))
+
+
+@layouts("family_students")
+def test_students_compute_a_prompt_once(measured: Measured, layout: str) -> None:
+    for answer in measured(layout, "family_students"):
+        assert_exact(list(answer.values()))
+
+
 @layouts("logprobs")
 def test_logprobs_of_policy_and_reference(measured: Measured, layout: str) -> None:
     """At temperature 0.7; the policy is bit-unchanged after another's weights were swapped in and out."""

@@ -57,6 +57,10 @@ class Bench:
         self.load(policy, weights)
         return policy
 
+    def random_policy(self, cfg: RunConfig) -> Policy:
+        """A policy with initial weights of its own."""
+        return build_policy(cfg, self.groups)
+
     def load(self, policy: Policy, weights: str) -> None:
         load_hugging_face(policy.chunks, self.groups, self.references["weights"][weights], policy.cfg.model)
         with torch.no_grad():
@@ -70,7 +74,12 @@ class Bench:
         self, routing: list[list[torch.Tensor]] | None = None, columns: Sequence[int] = ()
     ) -> list[TrainSample]:
         """The batch as samples; ``columns``: which MoE layers' experts go with them."""
-        batch = self.references["batch"]
+        return self.samples_of(self.references["batch"], routing, columns)
+
+    def samples_of(
+        self, batch: Answer, routing: list[list[torch.Tensor]] | None = None, columns: Sequence[int] = ()
+    ) -> list[TrainSample]:
+        """The same of any batch with ``tokens`` and ``weights``."""
         out = []
         for i, (tokens, weights) in enumerate(zip(batch["tokens"], batch["weights"])):
             experts = None

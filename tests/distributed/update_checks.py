@@ -113,14 +113,19 @@ def balancing_bias(bench: Bench) -> Answer:
     model = replace(TINY, moe_router_bias_update_rate=1e-3)
     policy = bench.policy(bench.config(model, optimizer_config()))
     train_step(policy, policy.pack(bench.mine(bench.samples()), 1), WEIGHTED_NLL, num_sequences=16)
-    expected = bench.references["updated_bias"]
+    gap = bias_error(policy, bench.references["updated_bias"])
+    return {"error": gap, "routers": sum(len(chunk_routers(chunk)) for chunk in policy.chunks)}
+
+
+def bias_error(policy: Policy, expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference of this rank's selection biases."""
     gap = 0.0
     for chunk in policy.chunks:
         for layer in chunk.decoder.layers:
             if hasattr(layer.mlp, "router"):
                 name = f"model.layers.{layer.layer_number - 1}.mlp.gate.e_score_correction_bias"
                 gap = max(gap, (layer.mlp.router.expert_bias - expected[name]).abs().max().item())
-    return {"error": gap, "routers": sum(len(chunk_routers(chunk)) for chunk in policy.chunks)}
+    return gap
 
 
 def balancing_counts(bench: Bench) -> Answer:

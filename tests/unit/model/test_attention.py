@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from r1_megatron.model.attention import packed_causal_attention
+from r1_megatron.model import attention
+from r1_megatron.model.attention import CausalAttention, attends_to_beginnings, packed_causal_attention
 from r1_megatron.model.dense_attention import rotate_halves
 
 
@@ -21,6 +25,42 @@ def test_each_key_value_head_serves_its_query_heads() -> None:
             expected = scores.softmax(-1) @ v[rows, head // 3]
             torch.testing.assert_close(found[rows, head], expected)
         first += length
+
+
+def test_another_attention_is_not_asked_to_share() -> None:
+    """Transformer Engine's is told of boundaries only, and there may be both kinds in a model."""
+    ours = CausalAttention(
+        SimpleNamespace(context_parallel_size=1, attention_dropout=0, kv_channels=8), 1, None, "self"
+    )
+
+    def layers(*cores: torch.nn.Module) -> torch.nn.Module:
+        return torch.nn.ModuleList(torch.nn.ModuleDict({"core_attention": core}) for core in cores)
+
+    assert attends_to_beginnings(layers(ours, ours))
+    assert not attends_to_beginnings(layers(ours, torch.nn.Identity()))
+
+
+@pytest.mark.parametrize("groups", [6, 2])
+def test_pieces_go_on_behind_a_beginning(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two beginnings and a whole sequence, against every sequence by itself: the answer and all gradients."""
+    monkeypatch.setattr(attention, "_MASKED_ROWS", 3)  # so that a piece is attended in several parts
+    lengths, starts = (4, 7, 1, 3, 5, 2, 4), (0, 4, 4, 4, 0, 0, 2)
+    rows = torch.arange(sum(lengths)).split(lengths)
+    sequences = [(rows[0], rows[1]), (rows[0], rows[2]), (rows[0], rows[3]), (rows[4][:0], rows[4]), (rows[5], rows[6])]
+    q, k, v = (torch.randn(26, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (6, groups, groups))
+    pull = torch.randn(26, 6, 8, dtype=torch.float64)
+    found = packed_causal_attention(q, k, v, lengths, 0.3, starts)
+    found_gradients = torch.autograd.grad(found, (q, k, v), pull)
+    expected, total, left = torch.zeros_like(pull), torch.zeros(()), pull.clone()
+    for beginning, rest in sequences:
+        whole = torch.cat([beginning, rest])
+        alone = packed_causal_attention(q[whole], k[whole], v[whole], (len(whole),), 0.3)
+        expected[whole] = alone.detach()
+        total = total + (alone * left[whole]).sum()
+        left[whole] = 0.0  # the rows of a beginning are pulled once
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(found_gradients, torch.autograd.grad(total, (q, k, v))):
+        torch.testing.assert_close(a, b)
 
 
 def test_halves_turn_as_complex_numbers() -> None:

@@ -32,6 +32,20 @@ def test_positions() -> None:
     assert pack_sequences(CU_SEQLENS, 3, 3).tolist() == []
 
 
+def test_a_sequence_goes_on_in_a_later_piece() -> None:
+    """A beginning of three tokens, two rests, and another sequence: the next token of the beginning is the first one of
+    either rest, for they have the same as long as anything is asked of it."""
+    install_device("cpu")
+    from megatron.core.transformer import multi_token_prediction
+
+    boundaries = torch.tensor([0, 3, 5, 8, 10], dtype=torch.int32)
+    boundaries.positions = torch.tensor([0, 1, 2, 3, 4, 3, 4, 5, 0, 1])
+    assert pack_positions(boundaries, 10) is boundaries.positions
+    tokens = torch.tensor([[11, 12, 13, 14, 15, 14, 25, 26, 31, 32]])
+    found, _ = multi_token_prediction.roll_tensor(tokens, packed_seq_params=SimpleNamespace(cu_seqlens_q=boundaries))
+    assert found[0].tolist() == [12, 13, 14, 15, 0, 25, 26, 0, 32, 0]
+
+
 @pytest.mark.parametrize("latent", [False, True])
 def test_rotary_embedding(latent: bool) -> None:
     install_device("cpu")

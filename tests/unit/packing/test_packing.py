@@ -79,6 +79,52 @@ def test_microbatch_invariants(seed, multiple):
         assert batch.routed_experts[t].tolist() == [[0, 1, 2]] * 2
 
 
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_shared_beginnings(seed, multiple):
+    """Three samples of a prompt, one of no prompt, two of another prompt."""
+    rng = np.random.default_rng(seed)
+    samples, shared = [], []
+    for p, n in ((7, 3), (0, 1), (4, 2)):
+        beginning = sample(rng, p + 1)
+        for member in range(n):
+            own = sample(rng, p + int(rng.integers(1, 9)))
+            for name in ("tokens", *ARRAYS):
+                getattr(own, name)[:p] = getattr(beginning, name)[:p]
+            own.routed_experts[:p] = beginning.routed_experts[:p]
+            own.weights[:p] = 0
+            samples.append(own)
+            shared.append(p if member else 0)
+    batch = build_microbatch(samples, shared=shared, multiple=multiple, routing_shape=ROUTING)
+    own = [len(s.tokens) - p for s, p in zip(samples, (7, 7, 7, 0, 4, 4))]
+    assert batch.num_sequences == 6 and batch.num_tokens == 11 + sum(own)
+    assert batch.lengths[:8] == (7, *own[:4], 4, *own[4:])
+    assert batch.starts == (0, 7, 7, 7, 0, 0, 4, 4) + (0,) * (len(batch.lengths) - 8)
+    none = len(batch.lengths)
+    assert batch.sequence_pieces.tolist() == [[0, 0, 0, none, 5, 5], [1, 2, 3, 4, 6, 7]]
+    assert batch.cu_seqlens.tolist() == np.cumsum([0, *batch.lengths]).tolist()
+    for name in ("tokens", "weights"):
+        for s, values in zip(samples, unpack(getattr(batch, name), batch), strict=True):
+            assert np.array_equal(values, getattr(s, name))
+    for s, positions, labels in zip(samples, unpack(batch.position_ids, batch), unpack(batch.labels, batch)):
+        assert positions.tolist() == list(range(len(s.tokens)))
+        assert labels.tolist()[-1] == 0
+    for pieces, s in zip(batch.sequence_pieces.T.tolist(), samples):
+        rows = [r for i in pieces if i < none for r in range(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])]
+        assert np.array_equal(batch.routed_experts[rows][:-1].numpy(), s.routed_experts.astype(np.int64))
+        assert batch.routed_experts[rows][-1].tolist() == [[0, 1, 2]] * 2
+
+
+def test_shared_beginnings_have_no_weight():
+    rng = np.random.default_rng(1)
+    samples = [sample(rng, 5), sample(rng, 6)]
+    samples[1].weights[1] = 1
+    with pytest.raises(AssertionError, match="no token is learned from"):
+        build_microbatch(samples, shared=[0, 2])
+    with pytest.raises(AssertionError, match="goes on behind nothing"):
+        build_microbatch(samples, shared=[2, 0])
+
+
 @pytest.mark.parametrize("multiple, total", [(1, 2), (2, 2), (3, 3), (8, 8)])
 def test_dummy(multiple, total):
     batch = build_microbatch([], multiple=multiple, routing_shape=ROUTING)

@@ -36,6 +36,9 @@ def test_causal_pairs() -> None:
     flops = ModelFlops(per_token=10, per_pair=2)
     assert flops.forward(3) == 3 * 10 + (1 + 2 + 3) * 2
     assert flops.training([3, 1]) == 3 * (42 + 12)
+    # The first two tokens were computed for another: one token is left, which looks back on three.
+    assert flops.forward(2) + flops.forward(1, after=2) == flops.forward(3)
+    assert flops.training([3, 1], shared=[2, 0]) == 3 * (10 + 3 * 2 + 12)
     assert flops.work(3) * flops.per_token == pytest.approx(flops.forward(3))
 
 

@@ -187,7 +187,7 @@ def test_credit(aggregation):
         assert sample.weights[-1] == 0 and not sample.loss_mask[-1]
         assert sample.advantages.dtype == sample.weights.dtype == sample.behaviour_logprobs.dtype == np.float32
         assert sample.old_logprobs is None and sample.reference_logprobs is None
-        assert sample.routed_experts is r.routed_experts
+        assert sample.routed_experts is r.routed_experts and sample.prompt_len == r.prompt_len
     if aggregation != "dr_grpo":
         assert sum(s.weights.sum() for s in samples) == pytest.approx(1, rel=1e-6)
 
