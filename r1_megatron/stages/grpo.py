@@ -45,6 +45,8 @@ def run(cfg: RunConfig) -> None:
         prompts = run.checkpoints.track("prompts", PromptStream(run.train_prompts, cfg.data.seed, cfg.data.shuffle))
         carry = run.checkpoints.track_carry(Carry(cfg.rollout, run.groups.topology.dp))
         objective = PolicyObjective(cfg.rl, cfg.sampling.temperature)
+        if cfg.train.share_prompts and not run.policy.shares_prompts:
+            run.log.note("every sample computes its own prompt: Transformer Engine's attention cannot share it")
         if not run.checkpoints.resumed:
             refresh_reference(run, step=0)
         evaluate_at_start(run)

@@ -102,11 +102,17 @@ class StepReport:
         mine.distribution("critic/advantages", _flat(sample.advantages[sample.loss_mask] for sample in samples))
 
     def _of_passes(self, mine: Metrics, minibatches: Sequence[Minibatch]) -> None:
-        """Tokens and model FLOPs of this replica's samples in all forward and backward passes."""
-        samples = [sample for minibatch in minibatches if minibatch.num_tokens for sample in minibatch.samples]
-        lengths = [len(sample.tokens) for sample in samples] * self._run.cfg.rl.inner_epochs
-        mine.sum("perf/train_tokens", sum(lengths))
-        mine.sum("perf/train_flops", self._run.policy.flops.training(lengths))
+        """Tokens and model FLOPs of this replica's samples in all forward and backward passes.
+
+        The tokens are those of the sequences. The FLOPs are what they need: a prompt that its samples share counts
+        once (and no more where a family was cut, so that several microbatches compute it).
+        """
+        policy, epochs = self._run.policy, self._run.cfg.rl.inner_epochs
+        for samples in (minibatch.samples for minibatch in minibatches if minibatch.num_tokens):
+            lengths, shared = [len(sample.tokens) for sample in samples], policy.shared_tokens(samples)
+            mine.sum("perf/train_tokens", epochs * sum(lengths))
+            mine.sum("perf/shared_tokens", epochs * sum(shared))
+            mine.sum("perf/train_flops", epochs * policy.flops.training(lengths, shared))
 
     @staticmethod
     def _of_updates(results: Sequence[StepResult]) -> dict[str, float]:

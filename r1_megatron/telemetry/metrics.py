@@ -21,6 +21,7 @@ Names, where other trainers' dashboards have one, are theirs:
 ``perf/throughput``                             tokens per second, all ranks together
 ``perf/tokens_per_second_per_gpu``              the same, per rank
 ``perf/train_{tokens,flops}``                   tokens and model FLOPs of forward and backward passes, all ranks
+``perf/shared_tokens``                          of those tokens: prompts that were there for another sample (no FLOPs)
 ``perf/train_throughput``                       those tokens per second of ``timing_s/train``
 ``perf/train_tflops_per_gpu``, ``perf/mfu``     those FLOPs per second and rank, 1e12; share of ``profile.peak_tflops``
 ``perf/max_memory_allocated_gb``                device memory, the largest rank (1e9 bytes)

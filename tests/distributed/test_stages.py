@@ -169,10 +169,15 @@ def test_a_profiled_step(runs: Runs, ranks: RankPool, tmp_path: Path, name: str)
     # A stage waits for its neighbour; without a pipeline nobody does.
     assert (found["bubble_share"] > 0) == (name == "pp2vpp2")
     rows = rows_of(tmp_path / "run")
-    lengths = [len(tokens) for answer in answers for tokens in answer["samples"][1].values()]
-    replicas = 2 if name == "pp2vpp2" else 1  # both ranks of a pipeline report the same samples
-    assert rows[1]["perf/train_tokens"] == sum(lengths) / replicas
-    assert rows[1]["perf/train_flops"] == model_flops(MODEL).training(lengths) / replicas
+    written = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    sampled = sorted((row for row in written if row["step"] == 2), key=lambda row: row["prompt"])
+    lengths = [row["prompt_tokens"] + row["response_tokens"] for row in sampled]
+    assert len(lengths) == 16 and rows[1]["perf/train_tokens"] == sum(lengths)
+    # All of a prompt but its last token, for all of its samples but one.
+    before = [None, *(row["prompt"] for row in sampled)]
+    shared = [row["prompt_tokens"] - 1 if row["prompt"] == prompt else 0 for row, prompt in zip(sampled, before)]
+    assert sum(n > 0 for n in shared) == 12 and rows[1]["perf/shared_tokens"] == sum(shared)
+    assert rows[1]["perf/train_flops"] == model_flops(MODEL).training(lengths, shared)
     assert found["metrics"]["perf/train_flops"] == rows[1]["perf/train_flops"]
     assert found["mfu"] == pytest.approx(rows[1]["perf/mfu"])
     assert "MFU of training" in (profile / "step_2.txt").read_text()
