@@ -240,14 +240,19 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    from r1_megatron.telemetry.doctor import Operators, examine, show
+    from r1_megatron.telemetry.doctor import Attention, Operators, examine, show
 
     def load_operators() -> Operators:
         from r1_megatron.kernels.ops import library  # torch, which the doctor may find missing
 
         return library.load()
 
-    print(show(examine(load_operators)))
+    def load_attention() -> Attention:
+        from r1_megatron.kernels import flash
+
+        return flash.load("cuda")
+
+    print(show(examine(load_operators, load_attention)))
     return 0
 
 

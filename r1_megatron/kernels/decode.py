@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from r1_megatron.kernels import flash
 from r1_megatron.kernels.ops import ops
 
 
@@ -30,6 +31,7 @@ def paged_attention(
     value_start: int,
     value_width: int,
     scale: float,
+    schedule: flash.Schedule | None = None,
 ) -> Tensor:
     """Attention of each row over the first positions of its sequence: ``[D, H, V]`` in the query's dtype.
 
@@ -47,11 +49,18 @@ def paged_attention(
         num_groups: G, a divisor of H.
         value_start, value_width: where the values lie, in numbers.
         scale: of the scores.
+        schedule: a dictionary that belongs to these ``lengths``, empty at first: whoever shares the work out by them
+            does it once for all layers of a step. ``None``: once a call.
+
+    On CUDA the libraries of ``flash.py`` come first, where they are installed and take the case.
 
     Scores, softmax and sums are float32 (float64 for float64). What lies behind a row's length is not read. On the CPU
     a page or a length out of range raises; on CUDA nobody reads them before the kernel does.
     """
     _refuse_gradient("paged_attention", query_DHK, cache)
+    libraries = flash.load(query_DHK.device.type)
+    if attention := flash.choose(libraries, query_DHK, cache, num_groups, value_start, value_width):
+        return attention(query_DHK, cache, page_table, lengths, scale, {} if schedule is None else schedule)
     return ops.paged_attention(
         query_DHK,
         cache,

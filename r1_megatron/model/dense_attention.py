@@ -122,6 +122,7 @@ class DenseAttention(SelfAttention):
             value_start=groups * channels,
             value_width=channels,
             scale=channels**-0.5,
+            schedule=step.schedule,
         ).flatten(1)
 
 

@@ -5,7 +5,8 @@ Legend: T rows (tokens) of one forward, D of them decode, U prompt tokens, W num
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,7 @@ class StepContext:
         prompts: the packed prompts, or ``None``.
         peer_rows: rows of each rank that exchanges tokens between experts with this one, by rank; of each, its
             tensor-parallel share. Empty where no rank of another replica is among them.
+        schedule: what the layers' paged attention works out from the lengths once, see ``kernels/flash.py``.
     """
 
     num_rows: int
@@ -55,6 +57,7 @@ class StepContext:
     sin: torch.Tensor
     prompts: PackedSeqParams | None
     peer_rows: tuple[int, ...] = ()
+    schedule: dict[Any, Any] = field(default_factory=dict)
 
     # The questions megatron-core's layers may ask an inference context.
     def is_static_batching(self) -> bool:

@@ -169,6 +169,7 @@ class LatentAttention(MLASelfAttention):
             value_start=0,
             value_width=cfg.kv_lora_rank,
             scale=self.softmax_scale,
+            schedule=step.schedule,
         )
         return latent_values(mixed_DHR, up_HAR, cfg.v_head_dim)
 

@@ -12,10 +12,17 @@ from collections.abc import Sequence
 
 import torch
 
+from r1_megatron.kernels import flash
 from r1_megatron.rollout.scheduler import Copy
 
 # Positions of a page, by device. On CUDA what FlashMLA's kernels read at a time.
 PAGE_SIZE = {"cpu": 16, "cuda": 64}
+
+
+def page_size(device_type: str, grouped: bool) -> int:
+    """Positions of a page, for latent or for grouped attention."""
+    asked = flash.load(device_type).grouped_page if grouped else None
+    return asked or PAGE_SIZE[device_type]
 
 
 class TokenCache:

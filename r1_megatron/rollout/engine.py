@@ -41,7 +41,7 @@ from r1_megatron.model.routing import all_routers, chunk_routers
 from r1_megatron.model.walk import Walk, can_walk
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rollout.answers import Answers
-from r1_megatron.rollout.cache import PAGE_SIZE, TokenCache
+from r1_megatron.rollout.cache import TokenCache, page_size
 from r1_megatron.rollout.coupling import Coupling
 from r1_megatron.rollout.in_flight import InFlight, RolloutStopped
 from r1_megatron.rollout.pipeline import Pipeline
@@ -92,7 +92,7 @@ def build_engine(cfg: RunConfig, chunks: Sequence[Any], groups: ProcessGroups, t
         max_sequences=rollout.max_sequences,
         num_lanes=num_lanes,
         max_len=max_len,
-        page_size=PAGE_SIZE[groups.device.type],
+        page_size=page_size(groups.device.type, grouped=cfg.model.is_dense_student),
         cache_tokens=rollout.cache_tokens,
         max_prefill_tokens=rollout.max_prefill_tokens,
         record_routing=cfg.replays_experts,

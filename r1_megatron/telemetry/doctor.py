@@ -9,10 +9,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from r1_megatron.telemetry.gpu import list_gpus
 from r1_megatron.telemetry.host import available_cores, available_memory_bytes, version_of
@@ -48,15 +48,27 @@ class Operators(Protocol):
     def with_cuda(self) -> bool: ...
 
 
-def examine(load_operators: Callable[[], Operators]) -> list[Finding]:
+class Attention(Protocol):
+    """What is asked of the libraries for paged attention: ``kernels.flash.Libraries``."""
+
+    @property
+    def modules(self) -> Mapping[str, Any]: ...
+    @property
+    def problems(self) -> Mapping[str, str]: ...
+
+
+def examine(load_operators: Callable[[], Operators], load_attention: Callable[[], Attention]) -> list[Finding]:
     """All findings, hardware first. Never raises: a check that fails is a finding."""
 
     def operators() -> list[Finding]:
         return [_operators(load_operators())]
 
+    def paged_attention() -> list[Finding]:
+        return _paged_attention(load_attention())
+
     checks: tuple[Callable[[], Sequence[Finding]], ...] = (
         _host, _gpus, _python, _torch, _communication, _megatron_core, _transformer_engine, _apex,
-        _packages, operators, _compilers,
+        _packages, operators, paged_attention, _compilers,
     )  # fmt: skip
     findings: list[Finding] = []
     for check in checks:
@@ -227,6 +239,18 @@ def _operators(operators: Operators) -> Finding:
         return Finding(topic, "ok", found)
     consequence = f"plain PyTorch operators on GPUs: right, slower; reinstall with nvcc on PATH: {reinstall}"
     return Finding(topic, "none", found, consequence)
+
+
+def _paged_attention(attention: Attention) -> list[Finding]:
+    """Which libraries the decode steps of a GPU attend with, and what is missed without them."""
+    used = {"FlashMLA": "latent attention", "FlashAttention 3": "grouped attention", "FlashAttention 2": "the same"}
+    findings = [Finding(name, "ok", f"{used[name]} of decode steps on this GPU") for name in attention.modules]
+    for name, problem in attention.problems.items():
+        consequence = f"{used[name]} of decode steps runs on the operators of csrc"
+        if name == "FlashAttention 2":  # not missed beside version 3
+            consequence = "" if "FlashAttention 3" in attention.modules else "as for FlashAttention 3"
+        findings.append(Finding(name, "none", problem, consequence))
+    return findings
 
 
 def _compilers() -> list[Finding]:

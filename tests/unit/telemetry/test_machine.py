@@ -118,10 +118,34 @@ def _not_built():
     return _Operators(False, "libr1_megatron.so was not built")
 
 
+@dataclass(frozen=True)
+class _Attention:
+    """Stands for ``kernels.flash.Libraries``."""
+
+    modules: dict[str, object]
+    problems: dict[str, str]
+
+
+def _no_attention():
+    names = ("FlashMLA", "FlashAttention 3", "FlashAttention 2")
+    return _Attention({}, dict.fromkeys(names, "not installed"))
+
+
+def test_doctor_names_what_decode_steps_attend_with():
+    some = _Attention(
+        {"FlashAttention 3": object()}, {"FlashMLA": "not installed", "FlashAttention 2": "for GPUs only"}
+    )
+    three, mla, two = doctor._paged_attention(some)
+    assert (three.state, three.found) == ("ok", "grouped attention of decode steps on this GPU")
+    assert (mla.state, mla.found) == ("none", "not installed")
+    assert mla.consequence == "latent attention of decode steps runs on the operators of csrc"
+    assert (two.state, two.consequence) == ("none", "")
+
+
 def test_doctor_gives_every_lack_a_consequence(monkeypatch, nvml):
     versions = {"megatron-core": "0.15.0", "transformer-engine": "2.12.0", "torch": "2.13.0", "sentencepiece": None}
     monkeypatch.setattr(doctor, "version_of", lambda package: versions.get(package, "1.0"))
-    findings = {finding.topic: finding for finding in doctor.examine(_not_built)}
+    findings = {finding.topic: finding for finding in doctor.examine(_not_built, _no_attention)}
     assert findings["GPU 0"].state == "ok"
     assert findings["GPU 1"].state == "bad" and "3 uncorrected" in findings["GPU 1"].consequence
     assert findings["megatron-core"].state == "bad" and "==0.16.1" in findings["megatron-core"].consequence
@@ -137,7 +161,7 @@ def test_doctor_survives_a_broken_installation(monkeypatch):
         raise OSError("libcudart.so.13: cannot open shared object file")
 
     monkeypatch.setattr(doctor, "_torch", broken)
-    findings = doctor.examine(_not_built)
+    findings = doctor.examine(_not_built, _no_attention)
     assert any(f.state == "bad" and "libcudart" in f.found for f in findings)
 
 
@@ -175,7 +199,7 @@ def test_doctor_survives_operators_that_cannot_be_loaded():
     def broken():
         raise RuntimeError("the schema is defined twice")
 
-    [finding] = [f for f in doctor.examine(broken) if f.topic == "operators"]
+    [finding] = [f for f in doctor.examine(broken, _no_attention) if f.topic == "operators"]
     assert finding.state == "bad" and "the schema is defined twice" in finding.found
 
 
@@ -184,7 +208,7 @@ def test_doctor_examines_what_kernels_tell():
     from r1_megatron.kernels import library, ops
 
     assert ops.NAMES
-    [finding] = [f for f in doctor.examine(library.load) if f.topic == "operators (csrc)"]
+    [finding] = [f for f in doctor.examine(library.load, _no_attention) if f.topic == "operators (csrc)"]
     real = library.load()
     assert finding.found == (real.problem or f"CPU ({real.cpu_capability}){' and' if real.with_cuda else ', no'} CUDA")
 
