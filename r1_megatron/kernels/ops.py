@@ -48,7 +48,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1_megatron.kernels import library, reference
+from r1_megatron.kernels import cuda, library, reference
 
 # The rows of the last result of policy_surrogate.
 POLICY_TERMS = (
@@ -83,7 +83,7 @@ _SCHEMAS = (
     "draw_tokens(Tensor logits, Tensor keys, int vocab_start, int vocab_size, float temperature) -> Tensor",
 )
 NAMES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
-# Those that csrc has for the CPU only: on CUDA their plain form runs.
+# Those that csrc has for the CPU only: on CUDA their form of cuda.py runs, or else the plain one.
 CPU_ONLY = frozenset(
     ("route_tokens", "mixture_of_experts", "rms_norm", "latent_query", "latent_values", "linear_rows", "draw_tokens")
 )
@@ -93,6 +93,9 @@ for _schema, _name in zip(_SCHEMAS, NAMES):
     _library.define(_schema)
     # Behind the kernels of csrc in the dispatcher, and in their place where these are not there.
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+for _name in CPU_ONLY:
+    if hasattr(cuda, _name):
+        _library.impl(_name, getattr(cuda, _name), "CUDA")
 _library.define("cpu_capability() -> int")
 _library.define("compiled_with_cuda() -> bool")
 library.load()

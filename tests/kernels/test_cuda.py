@@ -9,14 +9,18 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from r1_megatron.kernels import library, reference
+from r1_megatron.kernels import flash, library, reference
 from r1_megatron.kernels.ops import ops
 from tests.kernels.grouped_cases import PRODUCTS, Case, Operands, check, check_guards, expected, operands
+from tests.kernels.test_decode import latent, mixture
+from tests.kernels.test_paged_attention import Shape, problem, wanted
 
 DEVICE = "cuda"
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -327,3 +331,59 @@ def test_policy_surrogate(variant, kl_estimator, present, num_tokens):
         assert torch.equal(result[..., unmasked], torch.zeros_like(result[..., unmasked]))
     for result, again in zip(results, ops.policy_surrogate(*inputs.values(), *options.values())):
         assert torch.equal(result, again)
+
+
+@pytest.mark.parametrize(
+    ("shape", "lengths"),
+    [
+        (Shape(1, 128, 576, 512, 0, 576, 64), [1, 64, 65, 700, 4096, 33]),  # DeepSeek-V3
+        (Shape(1, 16, 576, 512, 0, 576, 64), [5] * 70),
+        (Shape(4, 7, 128, 128, 512, 1024, 256), [1, 256, 257, 3000]),  # Qwen2.5-7B
+        (Shape(2, 4, 64, 64, 128, 256, 64), [100, 1, 64]),
+    ],
+    ids=str,
+)
+def test_attention_of_the_installed_libraries(shape, lengths):
+    """Each of those that is here and takes the case, and the operator of csrc, against float64."""
+    p = problem(shape, lengths, BF16, DEVICE, sharpness=1.0)
+    p.cache.nan_to_num_()
+    want = wanted(p, shape)
+    found, numbers = flash.load(DEVICE), (shape.groups, shape.value_start, shape.value)
+    answers = {"csrc": ops.paged_attention(p.query, p.cache, p.page_table, p.lengths, **p.arguments)}
+    for name, module in found.modules.items():
+        if attend := flash.choose(flash.Libraries({name: module}), p.query, p.cache, *numbers):
+            schedule: flash.Schedule = {}
+            for _ in range(2):  # the second layer of a step uses the first one's plan
+                answers[name] = attend(p.query, p.cache, p.page_table, p.lengths, p.arguments["scale"], schedule)
+    print(f"{list(answers)}; not here: {dict(found.problems)}")
+    for name, got in answers.items():
+        assert got.shape == want.shape, name
+        assert (got.cpu().double() - want).abs().max() <= 1e-2 * want.abs().max(), name
+
+
+def _on_device(values: Iterable[Any]) -> list[Any]:
+    return [value.to(DEVICE) if isinstance(value, Tensor) else value for value in values]
+
+
+def test_experts_of_a_decode_step():
+    """The form of cuda.py over the grouped GEMM: touched experts only, padding rows, experts of other ranks."""
+    for tokens in (1, 16, 130):
+        x, gates, experts, w1, w2, first = _on_device(mixture(tokens, 4, 512, 256, 32, 8, 16, dtype=BF16))
+        experts[tokens // 2 :: 7] = -1
+        poison()
+        got = ops.mixture_of_experts(x, gates, experts, w1, w2, first)
+        want = reference.mixture_of_experts(x.double(), gates.double(), experts, w1.double(), w2.double(), first)
+        assert (got.double() - want).abs().max() <= 2e-2 * want.abs().max()
+
+
+def test_latent_steps_around_attention():
+    *given, cache, cache_rows = _on_device(latent(64, 128, 128, 64, 512, 128, dtype=BF16).values())
+    wide = [value.double() if isinstance(value, Tensor) else value for value in given]
+    caches = [torch.zeros_like(cache), torch.zeros_like(cache, dtype=torch.float64)]
+    got = ops.latent_query(*given, caches[0], cache_rows)
+    want = reference.latent_query(*wide, caches[1], cache_rows)
+    for a, b in ((got, want), tuple(caches)):
+        assert (a.double() - b).abs().max() <= 1e-2 * b.abs().max()
+    values, exact = ops.latent_values(got[..., :512].contiguous(), given[2], 128), got[..., :512].double()
+    want = reference.latent_values(exact, wide[2], 128)
+    assert (values.double() - want).abs().max() <= 1e-2 * want.abs().max()
