@@ -22,8 +22,10 @@ from tests.torch_dist import tensors_of
 STAGES = "tests.distributed.stage_checks"
 TP2PP2 = layout(tp=2, pp=2)
 
-# Everything GRPO can do, in one run.
+# Everything GRPO can do, in one run, with all that makes rollouts fast: groups that go on in the next step, drafts,
+# prompts in chunks, a cache that sequences have to make room in.
 EVERYTHING = {
+    "model": {"mtp_num_layers": 1},
     "rl": {
         "num_minibatches": 2,
         "inner_epochs": 2,
@@ -37,7 +39,12 @@ EVERYTHING = {
         "advantage_normalization": "none",
         "zero_variance_groups": "drop",
     },
-    "rollout": {"router_replay": True},
+    "rollout": {
+        "over_sampling_prompts": 2,
+        "speculative_tokens": 1,
+        "max_prefill_tokens": 8,
+        "cache_tokens": 64,
+    },
     "sampling": {"temperature": 0.8, "top_p": 0.95},
 }
 OPTIONS = {
@@ -109,10 +116,11 @@ def test_one_rank_does_what_the_options_say(runs: Runs, options: str) -> None:
     rates = [row["actor/lr"] for row in rows]
     assert rates[0] > rates[1] > rates[2] > 0
     if options == "everything":
-        # Four updates a step. The reference is where the run started, until it is replaced after step 2.
+        # Four updates a step. The reference is where the run started, until it is replaced after step 2. (What then is
+        # left of the divergence: tokens of an earlier version keep its experts, and the reference routes for itself.)
         assert len(kl) == 12
-        assert kl[0] == pytest.approx(0, abs=1e-9) and kl[8] == pytest.approx(0, abs=1e-9)
-        assert min(kl[1:8]) > 1e-4 and min(kl[9:]) > 1e-4
+        assert kl[0] == pytest.approx(0, abs=1e-9) and kl[8] < 0.1 * max(kl[:8])
+        assert min(kl[1:8]) > 1e-3 and min(kl[9:]) > 1e-6
 
 
 @pytest.mark.parametrize("options", ["plain", "everything"])
