@@ -288,8 +288,8 @@ class Scheduler:
     def cut(self, most_tokens: Callable[[Request], int]) -> None:
         """Let requests draw no more than so many tokens, those of ``response`` among them; between two forwards.
 
-        Those in the queue that have as many are forgotten. A sequence in flight that has as many draws its next token,
-        which may be under way, and ends with it.
+        Those in the queue that have as many are forgotten. A sequence in flight that has as many ends with its next
+        draw, which may be under way.
         """
         for row, request in self._requests.items():
             most = min(request.max_new_tokens, most_tokens(request))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from r1_megatron.config.schema import ParallelConfig
+from r1_megatron.config.schema import ModelConfig, ParallelConfig
 from r1_megatron.rollout.cache import PAGE_SIZE
 from r1_megatron.rollout.in_flight import InFlight, RolloutStopped, load_in_flight, save_in_flight
 from r1_megatron.rollout.race import Race
@@ -33,8 +33,10 @@ SAMPLING = replace(checks.SAMPLING, max_new_tokens=24, stop_token_ids=tuple(rang
 class Racer:
     """An engine that samples step after step, under weights that move between the steps."""
 
-    def __init__(self, parallel: ParallelConfig, page_size: int = 16, **rollout: Any):
-        cfg = checks.run_config(parallel, sampling=SAMPLING)
+    def __init__(
+        self, parallel: ParallelConfig, page_size: int = 16, model: ModelConfig = checks.MODEL, **rollout: Any
+    ):
+        cfg = checks.run_config(parallel, model, sampling=SAMPLING)
         cfg = replace(cfg, rollout=replace(cfg.rollout, **rollout))
         with mock.patch.dict(PAGE_SIZE, cpu=page_size):
             self.groups, self.policy, self.engine = checks.setup(cfg)

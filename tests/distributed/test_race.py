@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed import race_checks as checks
 from tests.distributed.layouts import LAYOUTS, world_size
+from tests.distributed.speculation_checks import MODEL as DRAFTING
 from tests.e2e.kills import differences
 from tests.e2e.runs import rows_of
 from tests.rank_pool import RankPool
@@ -24,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
         "page_size": 4,
         "max_prefill_tokens": 16,
     },
+    "one_drafts": {"parallel": LAYOUTS["one"], "max_sequences": 18, "speculative_tokens": 1, "model": DRAFTING},
     "dp2": {"parallel": LAYOUTS["dp2"], "max_sequences": 4},
     "pp2vpp2": {"parallel": LAYOUTS["pp2vpp2"], "max_sequences": 10},
     "ep2": {"parallel": LAYOUTS["ep2"], "max_sequences": 6},
