@@ -381,10 +381,8 @@ class _Generation:
         anywhere = torch.tensor([int(not self.over), int(asked), *self.answers.done()], device=self.device)
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
         work_left, stopping, *done = anywhere.tolist()
-        if self.race is not None:
-            self.race.hear(done)
-            if self.race.is_decided:
-                self.scheduler.cut(self.answers.most_tokens())
+        if self.race is not None and self.race.hear(done):
+            self.scheduler.cut(self.answers.most_tokens())
         self.clock.charge("wait")
         return bool(work_left), bool(stopping)
 

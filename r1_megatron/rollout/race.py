@@ -60,17 +60,14 @@ class Race:
         """
         return [1 + lengths.get(index, -1) for index in self.groups]
 
-    def hear(self, reports: Sequence[int]) -> None:
-        """The largest of all ranks' reports, number by number."""
+    def hear(self, reports: Sequence[int]) -> bool:
+        """The largest of all ranks' reports, number by number. Answers whether some may now draw less than before."""
         self._done = {place: said - 1 for place, said in enumerate(reports) if said}
-        if len(self._done) >= self.num_winners:
-            winners, length = first_done(self._done, self.num_winners)
-            self._last = length, max(place for place in winners if self._done[place] == length)
-
-    @property
-    def is_decided(self) -> bool:
-        """Whether there is anything yet that nobody needs to draw past."""
-        return self._last is not None
+        if len(self._done) < self.num_winners:
+            return False
+        before, (winners, length) = self._last, first_done(self._done, self.num_winners)
+        self._last = length, max(place for place in winners if self._done[place] == length)
+        return self._last != before or not self.keeps_rest
 
     @property
     def winners(self) -> list[int]:
@@ -83,7 +80,7 @@ class Race:
         return first_done(self._done, self.num_winners)[1]
 
     def most_tokens(self, index: int, *, ended: int = -1, under_way: int = -1) -> int:
-        """The tokens that samples of a group may draw in this step, for all that is known (`is_decided`).
+        """The tokens that samples of a group may draw in this step, for all that is known when enough groups are done.
 
         ``ended``, ``under_way``: the most that those of them have drawn which are done, or are not; -1: there is none.
         """

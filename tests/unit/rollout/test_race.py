@@ -62,8 +62,7 @@ class Replica:
         return self.race.report(done)
 
     def hear(self, reports: list[int]) -> None:
-        self.race.hear(reports)
-        if self.race.is_decided:
+        if self.race.hear(reports):
             for index, lengths in self.lengths.items():
                 drawn = self.drawn[index]
                 ended = int(drawn[drawn == lengths].max(initial=-1))
