@@ -147,7 +147,7 @@ class StepPlan:
 
 
 @dataclass
-class _Draft:
+class _Sketch:
     """A forward while it is planned. ``leaders``: of prompts that it completes, the sequences that feed them."""
 
     budget: int
@@ -230,21 +230,21 @@ class Scheduler:
 
     def plan(self, lane: int) -> StepPlan:
         """Admit what fits and lay out the lane's next forward. It may have no tokens."""
-        live, draft = self.lanes[lane], _Draft(self._max_prefill_tokens)
-        self._make_room(live, draft)
+        live, sketch = self.lanes[lane], _Sketch(self._max_prefill_tokens)
+        self._make_room(live, sketch)
         old = np.array(live, dtype=np.int64)
         length, fed = self._length[old], self._fed[old]
         counts = np.minimum(length - fed, self._max_prefill_tokens)
         in_chunks = np.flatnonzero((fed < length - 1) | (length == self._prompt_len[old]))
         assert len(in_chunks) <= 1, "a lane feeds one long prompt at a time"
         for place in in_chunks.tolist():
-            self._feed(live[place], int(counts[place]), draft)
-        drafted = self._room_for_drafts(old, draft)
-        self._admit(lane, draft)
+            self._feed(live[place], int(counts[place]), sketch)
+        drafted = self._room_for_drafts(old, sketch)
+        self._admit(lane, sketch)
         if live:
             self.num_steps += 1
             self.num_stepped += len(live)
-        return self._lay_out(old, counts, drafted, draft)
+        return self._lay_out(old, counts, drafted, sketch)
 
     def append(self, sequences: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
         """Take a drawn token of each sequence; answers which of them now end by a stop token, bool.
@@ -261,12 +261,12 @@ class Scheduler:
     def expect(self, sequences: np.ndarray, tokens: np.ndarray) -> None:
         """Guesses of what the sequences draw next, to be fed with their last tokens.
 
-        Not of those that have to feed a token again, and not where the token behind the guess is past the limit.
+        Of those that have to feed a token again they are not kept: they were made of another sample's past.
         """
         length = self._length[sequences]
-        useful = (self._again[sequences] == 0) & (length + 1 < self._limit[sequences])
-        self._drafted[sequences] = useful
-        self._tokens[sequences[useful], length[useful]] = tokens[useful]
+        kept = (self._again[sequences] == 0) & (length < self._limit[sequences])
+        self._drafted[sequences] = kept
+        self._tokens[sequences[kept], length[kept]] = tokens[kept]
 
     def retire(self, lane: int, plan: StepPlan, stopped: np.ndarray) -> list[Finished]:
         """Take out those of the plan's sequences that stopped or reached their limit.
@@ -310,23 +310,23 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------------- one step
 
-    def _make_room(self, live: list[int], draft: _Draft) -> None:
+    def _make_room(self, live: list[int], sketch: _Sketch) -> None:
         """A page of its own for what each sequence feeds next. Older ones come first, the youngest make room.
 
         Prompts in chunks have all their pages, but the one that their response begins in may be shared by then.
         """
         if self._again.any():
-            self._make_room_at(live, self._fed - self._again, draft)
-        self._make_room_at(live, self._fed, draft)
+            self._make_room_at(live, self._fed - self._again, sketch)
+        self._make_room_at(live, self._fed, sketch)
 
-    def _make_room_at(self, live: list[int], positions: np.ndarray, draft: _Draft) -> None:
+    def _make_room_at(self, live: list[int], positions: np.ndarray, sketch: _Sketch) -> None:
         """The same for one position of each sequence, ``[all sequences]``."""
         for place in self._without_page(np.array(live, dtype=np.int64), positions).tolist():
-            while place < len(live) and not self._take_page(live[place], int(positions[live[place]]), draft):
+            while place < len(live) and not self._take_page(live[place], int(positions[live[place]]), sketch):
                 if self._prompts:
                     self._drop_prompt()
                 else:
-                    self._give_up(live, draft)
+                    self._give_up(live, sketch)
 
     def _without_page(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Which of the sequences have no page of their own at their position."""
@@ -335,16 +335,19 @@ class Scheduler:
         shared = self.pool.holders[self._table[rows, np.minimum(index, self._table.shape[1] - 1)]] > 1
         return np.flatnonzero(missing | shared)
 
-    def _room_for_drafts(self, rows: np.ndarray, draft: _Draft) -> np.ndarray:
-        """Which of the sequences feed their draft, 0 or 1 each: nobody makes room for one, but a free page is taken."""
-        drafted = self._drafted[rows]
+    def _room_for_drafts(self, rows: np.ndarray, sketch: _Sketch) -> np.ndarray:
+        """Which of the sequences feed their draft, 0 or 1 each.
+
+        The last token that may be drawn needs none in front. Nobody makes room for a draft, but a free page is taken.
+        """
+        drafted = self._drafted[rows] * (self._length[rows] + 1 < self._limit[rows])
         if drafted.any():
             for place in self._without_page(rows, self._length).tolist():
                 if drafted[place]:
-                    drafted[place] = self._take_page(int(rows[place]), int(self._length[rows[place]]), draft)
+                    drafted[place] = self._take_page(int(rows[place]), int(self._length[rows[place]]), sketch)
         return drafted
 
-    def _take_page(self, row: int, position: int, draft: _Draft) -> bool:
+    def _take_page(self, row: int, position: int, sketch: _Sketch) -> bool:
         """Give the sequence the page of a position if it has none of its own; whether there was one."""
         index = position // self._page_size
         is_new = index == self._num_pages[row]
@@ -358,17 +361,17 @@ class Scheduler:
         if is_new:
             self._num_pages[row] += 1
         else:
-            draft.copies.append(Copy(page, own))
+            sketch.copies.append(Copy(page, own))
             self.pool.release([page])
         return True
 
-    def _give_up(self, live: list[int], draft: _Draft) -> None:
+    def _give_up(self, live: list[int], sketch: _Sketch) -> None:
         """Put the lane's youngest sequence back into the queue."""
         row = live.pop()
         request = self._requests[row]
         if self._draws(row):
             told = self._told(row)
-            draft.given_up.append(told)
+            sketch.given_up.append(told)
             request = replace(request, response=told.tokens[len(request.prompt) :], logprobs=told.logprobs)
         if self._feeders.get(request.prompt_number) == row:
             del self._feeders[request.prompt_number]
@@ -377,7 +380,7 @@ class Scheduler:
         self.num_given_up += 1
         self._forget(row)
 
-    def _admit(self, lane: int, draft: _Draft) -> None:
+    def _admit(self, lane: int, sketch: _Sketch) -> None:
         """Begin requests in the order of the queue, those aside whose prompt is just being fed."""
         live, num_lanes = self.lanes[lane], len(self.lanes)
         # The lane's share of all places, and of all that there is to do; the first one if nothing is being done.
@@ -389,17 +392,17 @@ class Scheduler:
             request = self.queue.popleft()
             if request.is_new and request.prompt_number in self._feeders:
                 aside.append(request)
-            elif not self._begin(request, live, draft):
+            elif not self._begin(request, live, sketch):
                 self.queue.appendleft(request)
                 break
         self.queue.extendleft(reversed(aside))
 
-    def _begin(self, request: Request, live: list[int], draft: _Draft) -> bool:
+    def _begin(self, request: Request, live: list[int], sketch: _Sketch) -> bool:
         """Whether there were pages, and room in this forward, for the request."""
         number, prompt_len = request.prompt_number, len(request.prompt)
         tokens = np.concatenate([request.prompt, request.response])
         # Short pieces wait for a forward that takes them whole.
-        room = draft.budget == self._max_prefill_tokens or len(tokens) <= draft.budget
+        room = sketch.budget == self._max_prefill_tokens or len(tokens) <= sketch.budget
         while True:
             pages = self._prompts.get(number) if request.is_new else None
             if pages is None and not room:
@@ -418,24 +421,24 @@ class Scheduler:
         self._limit[row] = prompt_len + request.max_new_tokens
         self._waiting[number] -= request.is_new
         if pages is None:
-            count = min(len(tokens), draft.budget)
+            count = min(len(tokens), sketch.budget)
             self._hold(row, self.pool.take(self._pages_of(len(tokens))))
             self._fed[row] = 0
-            draft.feeding.append(row)
-            draft.chunks.append(count)
-            self._feed(row, count, draft)
+            sketch.feeding.append(row)
+            sketch.chunks.append(count)
+            self._feed(row, count, sketch)
         else:
             self.pool.share(pages)
             self._hold(row, pages)
-            if number in draft.leaders:
+            if number in sketch.leaders:
                 self._fed[row] = prompt_len
                 self._again[row] = self._with_drafts
-                draft.forks.append((row, draft.leaders[number]))
+                sketch.forks.append((row, sketch.leaders[number]))
             else:
                 self._fed[row] = prompt_len - 1
-                taken = self._take_page(row, prompt_len - 1, draft)
+                taken = self._take_page(row, prompt_len - 1, sketch)
                 assert taken
-                draft.joining.append(row)
+                sketch.joining.append(row)
             if not self._waiting[number]:
                 self.pool.release(self._prompts.pop(number))
         return True
@@ -451,9 +454,9 @@ class Scheduler:
         grows = num_pages < self._pages_of(limit)
         return (1 if shares else num_pages) + num_growing + grows <= self.pool.num_free
 
-    def _feed(self, row: int, count: int, draft: _Draft) -> None:
+    def _feed(self, row: int, count: int, sketch: _Sketch) -> None:
         """The sequence feeds its next ``count`` tokens. Keep the prompt's pages if others wait for them."""
-        draft.budget -= count
+        sketch.budget -= count
         number, prompt_len = self._requests[row].prompt_number, int(self._prompt_len[row])
         if number in self._prompts or self._feeders.get(number, row) != row or not self._waiting[number]:
             return
@@ -464,11 +467,11 @@ class Scheduler:
             pages = self._table[row, : self._pages_of(prompt_len)].copy()
             self.pool.share(pages)
             self._prompts[number] = pages
-            draft.leaders[number] = row
+            sketch.leaders[number] = row
 
-    def _lay_out(self, old: np.ndarray, counts_old: np.ndarray, drafted_old: np.ndarray, draft: _Draft) -> StepPlan:
-        rows = np.concatenate([old, np.array([*draft.joining, *draft.feeding], dtype=np.int64)])
-        counts = np.concatenate([counts_old, np.array([*[1] * len(draft.joining), *draft.chunks], dtype=np.int64)])
+    def _lay_out(self, old: np.ndarray, counts_old: np.ndarray, drafted_old: np.ndarray, sketch: _Sketch) -> StepPlan:
+        rows = np.concatenate([old, np.array([*sketch.joining, *sketch.feeding], dtype=np.int64)])
+        counts = np.concatenate([counts_old, np.array([*[1] * len(sketch.joining), *sketch.chunks], dtype=np.int64)])
         drafted = np.pad(drafted_old, (0, len(rows) - len(old)))
         fed, again = self._fed[rows], self._again[rows]
         spans = again + counts + drafted
@@ -477,18 +480,18 @@ class Scheduler:
         row_T = np.repeat(rows, spans)
         position_T = np.arange(len(row_T)) + np.repeat(before, spans)
         index_T = position_T // self._page_size
-        num_decode = len(row_T) - sum(draft.chunks)
+        num_decode = len(row_T) - sum(sketch.chunks)
         num_columns = int(index_T[:num_decode].max()) + 1 if num_decode else 0
         self._fed[rows] = fed + counts
         self._again[rows] = self._drafted[rows] = 0
         complete = fed + counts == self._length[rows]
         sequences, last_rows = rows[complete], (ends - drafted)[complete] - 1
         fork_rows = np.zeros(0, dtype=np.int64)
-        if draft.forks:
+        if sketch.forks:
             before_of = dict(zip(rows.tolist(), before.tolist()))
-            sequences = np.concatenate([sequences, np.array([row for row, _ in draft.forks], dtype=np.int64)])
+            sequences = np.concatenate([sequences, np.array([row for row, _ in sketch.forks], dtype=np.int64)])
             fork_rows = np.array(
-                [int(self._prompt_len[leader]) - 1 - before_of[leader] for _, leader in draft.forks], dtype=np.int64
+                [int(self._prompt_len[leader]) - 1 - before_of[leader] for _, leader in sketch.forks], dtype=np.int64
             )
         draft_rows = ends[drafted > 0] - 1
         draft_of = (np.cumsum(complete) - 1)[drafted > 0]
@@ -503,13 +506,13 @@ class Scheduler:
             positions=position_T,
             cache_rows=self._table[row_T, index_T].astype(np.int64) * self._page_size + position_T % self._page_size,
             page_table=self._table[row_T[:num_decode], :num_columns],
-            prefill_lengths=tuple(draft.chunks),
+            prefill_lengths=tuple(sketch.chunks),
             sequences=sequences,
             sampled_rows=np.concatenate([last_rows, fork_rows, draft_rows]),
             keys=self._key[drawing],
             sample_positions=self._length[drawing] + (np.arange(len(drawing)) >= len(sequences)),
-            copies=tuple(draft.copies),
-            given_up=tuple(draft.given_up),
+            copies=tuple(sketch.copies),
+            given_up=tuple(sketch.given_up),
             draft_of=draft_of,
             following=following,
         )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from r1_megatron.config.schema import SamplingConfig
-from tests.distributed import in_flight_checks
+from tests.distributed import in_flight_checks, race_checks
 from tests.distributed import speculation_checks as checks
 from tests.distributed.layouts import LAYOUTS, world_size
 from tests.distributed.rollout_checks import SAMPLING
@@ -65,6 +65,14 @@ def test_a_stopped_rollout_goes_on(ranks: RankPool, tmp_path: Path) -> None:
         )
         assert all(answer["diff"] <= 1e-4 and answer["training_diff"] <= 1e-4 for answer in answers)
         assert sum(answer["unfinished"] for answer in answers) > 0
+
+
+def test_a_race_with_two_tokens_a_draw(ranks: RankPool, tmp_path: Path) -> None:
+    """Winners, finish and what goes on are what brute force makes of the whole samples."""
+    layout = LAYOUTS["one"]
+    options = {"model": checks.MODEL, "max_sequences": 6, "speculative_tokens": 1}
+    (answer,) = ranks.run(race_checks.check_race, 1, parallel=layout, folder=str(tmp_path), **options)
+    assert answer["drawn"] < answer["drawn_to_the_end"]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
