@@ -83,14 +83,15 @@ def stage_config(folder: str, parallel: ParallelConfig, sections: dict[str, dict
 
 
 def run_grpo(folder: str, parallel: ParallelConfig, sections: dict | None = None) -> Answer:
-    """A GRPO run. Answers what this rank's replica sampled in each step, ``samples`` (tokens by request), and the
-    divergence from the reference that each update saw, ``kl``."""
-    drawn, divergences = [], []
+    """A GRPO run. Answers what this rank's replica sampled in each step, ``samples`` (tokens by request) and
+    ``prompt_lens``, and the divergence from the reference that each update saw, ``kl``."""
+    drawn, prompt_lens, divergences = [], [], []
     generate, train_step = grpo.generate, grpo.train_step
 
     def watched(*args):
         rollouts = generate(*args)
         drawn.append({rollout.request: rollout.tokens.tolist() for group in rollouts for rollout in group})
+        prompt_lens.append({rollout.request: rollout.prompt_len for group in rollouts for rollout in group})
         return rollouts
 
     def learned(*args):
@@ -100,7 +101,7 @@ def run_grpo(folder: str, parallel: ParallelConfig, sections: dict | None = None
 
     with mock.patch.object(grpo, "generate", watched), mock.patch.object(grpo, "train_step", learned):
         grpo.run(stage_config(folder, parallel, sections))
-    return {"samples": drawn, "kl": divergences}
+    return {"samples": drawn, "prompt_lens": prompt_lens, "kl": divergences}
 
 
 def run_sft(folder: str, parallel: ParallelConfig, sections: dict | None = None) -> None:

@@ -177,14 +177,13 @@ def test_a_profiled_step(runs: Runs, ranks: RankPool, tmp_path: Path, name: str)
     # A stage waits for its neighbour; without a pipeline nobody does.
     assert (found["bubble_share"] > 0) == (name == "pp2vpp2")
     rows = rows_of(tmp_path / "run")
-    written = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
-    sampled = sorted((row for row in written if row["step"] == 2), key=lambda row: row["prompt"])
-    lengths = [row["prompt_tokens"] + row["response_tokens"] for row in sampled]
+    sampled = {request: len(tokens) for answer in answers for request, tokens in answer["samples"][1].items()}
+    lengths = [sampled[request] for request in sorted(sampled)]
     assert len(lengths) == 16 and rows[1]["perf/train_tokens"] == sum(lengths)
-    # All of a prompt but its last token, for all of its samples but one.
-    before = [None, *(row["prompt"] for row in sampled)]
-    shared = [row["prompt_tokens"] - 1 if row["prompt"] == prompt else 0 for row, prompt in zip(sampled, before)]
-    assert sum(n > 0 for n in shared) == 12 and rows[1]["perf/shared_tokens"] == sum(shared)
+    # All of a prompt but its last token, for all of its four samples but one.
+    prompts = {request: length for answer in answers for request, length in answer["prompt_lens"][1].items()}
+    shared = [prompts[request] - 1 if i % 4 else 0 for i, request in enumerate(sorted(prompts))]
+    assert rows[1]["perf/shared_tokens"] == sum(shared) > 0
     assert rows[1]["perf/train_flops"] == model_flops(MODEL).training(lengths, shared)
     assert found["metrics"]["perf/train_flops"] == rows[1]["perf/train_flops"]
     assert found["mfu"] == pytest.approx(rows[1]["perf/mfu"])
