@@ -39,6 +39,7 @@ SHAPES = [
     LATENT,
     Shape(2, 4, 32, 32, 64, 128, 16),  # grouped queries: keys first, values behind them
     Shape(1, 128, 576, 512, 0, 576, 64),  # DeepSeek-V3
+    Shape(1, 2, 48, 32, 0, 48, 16),  # half a tile of heads: the smallest model over two tensor-parallel ranks
     Shape(1, 3, 7, 5, 1, 9, 4),
     Shape(3, 1, 19, 33, 57, 160, 1),
     Shape(4, 5, 16, 1, 64, 68, 3),
@@ -135,7 +136,7 @@ def test_large_scores(device, dtype):
 
 @needs_csrc
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
 def test_a_row_has_the_same_bits_in_any_company_and_on_any_pages(shape, dtype):
     lengths = [40, 1, 129, 16, 17, 64, 3, 200]
     p = problem(shape, lengths, dtype)
