@@ -223,11 +223,11 @@ def record_training_routing(policy: Policy) -> list[list[torch.Tensor]]:
 
 def compare_routing(chosen: list[list[torch.Tensor]], rollouts: list[Rollout], policy: Policy) -> tuple[int, int]:
     """(token-layers whose recorded experts differ, all token-layers) over one pass of the training forward."""
+    share = policy.share([as_sample(rollout, replay=False) for rollout in rollouts])  # all ranks together
+    rollouts = share.hand_out(rollouts)
     if not chosen:  # a stage without mixture-of-experts layers
         return 0, 0
     wrong = total = 0
-    share = policy.share([as_sample(rollout, replay=False) for rollout in rollouts])
-    rollouts = share.hand_out(rollouts)
     assert all(len(notes) == len(share.plan) for notes in chosen)
     for number, microbatch in enumerate(share.plan):
         layers = [notes[number] for notes in chosen]
