@@ -32,8 +32,9 @@ Legend: T rows of this rank, R received rows, N sent ones, P ranks that exchange
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class ExpertExchange:
         self._weights = experts.linear_fc1.weight, experts.linear_fc2.weight
 
     def begin(
-        self, rows_TH: torch.Tensor, gates_TK: torch.Tensor, chosen_TK: torch.Tensor, peer_rows: Sequence[int]
+        self, rows_TH: torch.Tensor, gates_TK: torch.Tensor, chosen_TK: torch.Tensor, peer_rows: tuple[int, ...]
     ) -> Callable[[], torch.Tensor]:
         """Start with the rows; what is answered waits for the sums over all their experts, ``[T, H]``.
 
@@ -97,18 +98,18 @@ class ExpertExchange:
         return mixture_of_experts(rows, gates, chosen, *self._weights, self._first) if len(rows) else rows
 
     def _start(
-        self, rows: torch.Tensor, num_received: Sequence[int], num_sent: Sequence[int]
+        self, rows: torch.Tensor, num_received: list[int], num_sent: list[int]
     ) -> tuple[torch.Tensor, dist.Work]:
         """An all-to-all under way: (what will be received, what to wait for)."""
         received = rows.new_empty(sum(num_received), rows.shape[1])
-        work: Any = dist.all_to_all_single(
-            received, rows, list(num_received), list(num_sent), group=self._group, async_op=True
-        )
+        work: Any = dist.all_to_all_single(received, rows, num_received, num_sent, group=self._group, async_op=True)
         return received, work
 
-    def _plan(self, chosen_TK: torch.Tensor, peer_rows: Sequence[int], row_bytes: int) -> _EveryRow | _ChosenRows:
-        vain = row_bytes * rows_in_vain(max(peer_rows), self._size // self._slices, self._slices, chosen_TK.shape[1])
-        return self._count(chosen_TK) if vain > COUNTING_IS_WORTH else _EveryRow.of(peer_rows, self._rank)
+    def _plan(self, chosen_TK: torch.Tensor, peer_rows: tuple[int, ...], row_bytes: int) -> _EveryRow | _ChosenRows:
+        vain = rows_in_vain(max(peer_rows), self._size // self._slices, self._slices, chosen_TK.shape[1])
+        if vain * row_bytes > COUNTING_IS_WORTH:
+            return self._count(chosen_TK)
+        return _every_row(peer_rows, self._rank)
 
     def _count(self, chosen_TK: torch.Tensor) -> _ChosenRows:
         """Which rows go where, and how many come from where."""
@@ -141,12 +142,6 @@ class _EveryRow:
     num_sent: list[int]
     num_received: list[int]
 
-    @classmethod
-    def of(cls, peer_rows: Sequence[int], rank: int) -> _EveryRow:
-        others = [peer != rank for peer in range(len(peer_rows))]
-        sent = [peer_rows[rank] * other for other in others]
-        return cls(sent, [rows * other for rows, other in zip(peer_rows, others)])
-
     def outgoing(self, message: torch.Tensor) -> torch.Tensor:
         copies = len(self.num_sent) - 1
         return message if copies == 1 else message.repeat(copies, 1)
@@ -159,6 +154,13 @@ class _EveryRow:
         for part in parts[1:]:
             total = total.add_(part)
         return total
+
+
+@lru_cache
+def _every_row(peer_rows: tuple[int, ...], rank: int) -> _EveryRow:
+    others = [peer != rank for peer in range(len(peer_rows))]
+    sent = [peer_rows[rank] * other for other in others]
+    return _EveryRow(sent, [rows * other for rows, other in zip(peer_rows, others)])
 
 
 @dataclass(frozen=True)
