@@ -21,11 +21,12 @@ template <int kLeft, class T, class Out>
 static void multiply_tile(const T* const* left, const T* const* right, int64_t depth, int64_t rights, Out* const* out) {
   constexpr int kRight = Arithmetic<T>::kLanes / kLeft;
   const auto dots = dot_tile<kLeft>(left, right, depth);
-  const auto* numbers = reinterpret_cast<const typename Arithmetic<T>::Real*>(&dots);
+  Out numbers[kLeft * kRight];
+  store(numbers, dots);
   if (rights >= kRight) {  // a width that the compiler knows
-    for (int l = 0; l < kLeft; ++l) store_numbers(numbers + l * kRight, kRight, out[l]);
+    for (int l = 0; l < kLeft; ++l) __builtin_memcpy(out[l], numbers + l * kRight, kRight * sizeof(Out));
   } else {
-    for (int l = 0; l < kLeft; ++l) store_numbers(numbers + l * kRight, rights, out[l]);
+    for (int l = 0; l < kLeft; ++l) __builtin_memcpy(out[l], numbers + l * kRight, rights * sizeof(Out));
   }
 }
 

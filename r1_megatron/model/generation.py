@@ -16,8 +16,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from r1_megatron.kernels.decode import linear_rows
 
-# What a decode step has. There linear_rows is the faster one (tools/bench_kernels.py --only decode, float32); prompts
-# are left to the library, which packs large matrices.
+# What a decode step has. There linear_rows is the faster one in float32 and, in bfloat16, up to some 32 rows and for
+# narrow weights (tools/bench_kernels.py --only decode); prompts are left to the library, which packs large matrices.
 _FEW_ROWS = 128
 
 
@@ -98,7 +98,7 @@ def rotary_tables(
 
 def project(rows_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
     """``rows @ weight.T + bias``, ``[T, N]``; for the few rows of a decode step by the operator made for them."""
-    if len(rows_TK) > _FEW_ROWS or rows_TK.is_cuda or rows_TK.dtype != torch.float32:
+    if len(rows_TK) > _FEW_ROWS or rows_TK.is_cuda or rows_TK.dtype not in (torch.float32, torch.bfloat16):
         return F.linear(rows_TK, weight_NK, bias_N)
     projected_TN = linear_rows(rows_TK, weight_NK)
     return projected_TN if bias_N is None else projected_TN.add_(bias_N)
