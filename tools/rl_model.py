@@ -29,17 +29,16 @@ CHANNEL, CHANNEL_VALUE = 0, 0.3
 END_WEIGHT = {"full": -4.0, "tailed": 0.65}
 
 
-def write_model(folder: Path, end_weight: float, seed: int = 0) -> Path:
+def write_model(folder: Path, end_weight: float, seed: int = 0, model: ModelConfig = MODEL) -> Path:
     """A Hugging Face folder of float32 weights."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
-    tensors = {
-        name: _draw(name, shape, end_weight, random) for name, shape in hugging_face_shapes(entries(MODEL)).items()
-    }
+    shapes = hugging_face_shapes(entries(model))
+    tensors = {name: _draw(name, shape, model, end_weight, random) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = hf_from_model(MODEL, "float32", eos_token_id=0) | {"pad_token_id": 1}
+    config = hf_from_model(model, "float32", eos_token_id=0) | {"pad_token_id": 1}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    write_tokenizer(folder)
+    write_tokenizer(folder, model.vocab_size)
     return folder
 
 
@@ -50,17 +49,19 @@ def convert(source: Path, target: Path) -> Path:
     return target
 
 
-def _draw(name: str, shape: tuple[int, ...], end_weight: float, random: np.random.Generator) -> np.ndarray:
+def _draw(
+    name: str, shape: tuple[int, ...], model: ModelConfig, end_weight: float, random: np.random.Generator
+) -> np.ndarray:
     if name.endswith("norm.weight"):
         return np.ones(shape, np.float32)
     if name.endswith("e_score_correction_bias"):
         return np.zeros(shape, np.float32)
-    weight = random.standard_normal(shape, np.float32) * np.float32(MODEL.init_method_std)
+    weight = random.standard_normal(shape, np.float32) * np.float32(model.init_method_std)
     if name == "model.embed_tokens.weight":
         weight[:, CHANNEL] = CHANNEL_VALUE
     elif name.endswith(("o_proj.weight", "down_proj.weight")):
         weight[CHANNEL] = 0
-    elif weight.shape[1] == MODEL.hidden_size:
+    elif weight.shape[1] == model.hidden_size:
         weight[:, CHANNEL] = 0
     if name == "lm_head.weight":
         weight[0] = 0

@@ -44,13 +44,13 @@ class Workload:
         return Workload(**json.loads(path.read_text()))
 
 
-def write_prompts(path: Path, workload: Workload, num_steps: int) -> None:
+def write_prompts(path: Path, workload: Workload, num_steps: int, vocab_size: int = VOCAB_SIZE) -> None:
     """Distinct prompts of random words for so many steps, as JSONL."""
     draw = random.Random(0)
     with path.open("w") as file:
         for _ in range(num_steps * workload.num_prompts):
             length = draw.randint(workload.min_prompt_tokens, workload.max_prompt_tokens)
-            words = (f"w{draw.randrange(2, VOCAB_SIZE)}" for _ in range(length))
+            words = (f"w{draw.randrange(2, vocab_size)}" for _ in range(length))
             file.write(json.dumps({"prompt": " ".join(words)}) + "\n")
 
 
@@ -58,9 +58,9 @@ def read_prompts(path: Path) -> list[str]:
     return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
     """A word is a token. No library is needed to write it and every one reads it."""
-    words = [EOS, PAD, *(f"w{number}" for number in range(2, VOCAB_SIZE))]
+    words = [EOS, PAD, *(f"w{number}" for number in range(2, vocab_size))]
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     tokenizer = {
         "version": "1.0",
