@@ -2,11 +2,12 @@
 
     python tools/bench_decode.py                                 # the preset tiny: 1 rank (1 and 2 threads), DP2
     python tools/bench_decode.py --preset bench_256 --contexts 128 1024
+    python tools/bench_decode.py --samples 8                     # 8 prompts, as a step of GRPO has them
     python tools/bench_decode.py --peer-python /path/to/venv/bin/python    # and Transformers' generate
 
-Ours is the engine of a run (``decode_side.py``), every prompt another one, so that no two sequences share a page.
-Transformers gets the same weights and prompts of the same length; a step of it is the difference of two calls that
-differ in their new tokens only. What counts is the median.
+Ours is the engine of a run (``decode_side.py``). By default every sequence has a prompt of its own, so that no two
+share a page of the cache; the samples of one prompt do. Transformers gets the same weights and prompts of the same
+length; a step of it is the difference of two calls that differ in their new tokens only. What counts is the median.
 
 ``floor`` is what the step would take if nothing but attention over the cache grew, and that ran as fast as this
 machine's ``torch.mm`` of 1024 x 1024 float32 matrices: the step at the first context and the multiplications that come
@@ -56,6 +57,7 @@ class Decode:
     contexts: list[int]
     segments: int
     repeats: int
+    samples: int = 1
 
     def prepare(self) -> None:
         """Weights whose completions do not end, for both sides."""
@@ -81,7 +83,11 @@ class Decode:
                 "max_prompt_tokens": longest,
             },
             "sampling": {"max_new_tokens": longest},
-            "rollout": {"prompts_per_step": BATCH, "samples_per_prompt": 2, "max_prefill_tokens": BATCH * longest},
+            "rollout": {
+                "prompts_per_step": BATCH // self.samples,
+                "samples_per_prompt": 2,  # the command line says how many
+                "max_prefill_tokens": BATCH * longest,
+            },
             "reward": {"terms": [{"function": "tools.rl_workload:reward"}]},
             "evaluate": {"num_prompts": 0},
             "checkpoint": {"load": str(self.folder / "checkpoint"), "save_optimizer": False},
@@ -90,7 +96,12 @@ class Decode:
         file = self.folder / f"run_{number}.yaml"
         file.write_text(yaml.safe_dump(config))
         result = file.with_suffix(".json")
-        options = {"--contexts": self.contexts, "--segments": [self.segments], "--repeats": [self.repeats]}
+        options = {
+            "--contexts": self.contexts,
+            "--samples": [self.samples],
+            "--segments": [self.segments],
+            "--repeats": [self.repeats],
+        }
         words = [str(word) for option, values in options.items() for word in (option, *values)]
         side = str(ROOT / "tools" / "decode_side.py")
         watched([sys.executable, side, str(file), str(result), *words], environment(layout.threads))
@@ -112,7 +123,7 @@ class Decode:
         return [self.peer_step(python, prompt_length(context, self.segments)) for context in self.contexts]
 
     def peer_step(self, python: str, prompt_len: int) -> float:
-        workload = Workload(BATCH, 1, prompt_len, prompt_len)
+        workload = Workload(BATCH // self.samples, self.samples, prompt_len, prompt_len)
         files = {"workload": self.folder / "workload.json", "prompts": self.folder / "prompts.jsonl"}
         workload.save(files["workload"])
         write_prompts(files["prompts"], workload, 1, self.model.vocab_size)
@@ -131,6 +142,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("tiny", "bench_256"), default="tiny")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 512, 1024], help="tokens")
+    parser.add_argument("--samples", type=int, default=1, help="of each prompt; a divisor of 32")
     parser.add_argument("--segments", type=int, default=4, help="of 16 steps, in each call")
     parser.add_argument("--repeats", type=int, default=3, help="calls at each context")
     parser.add_argument("--peer-python", help="a Python that has Transformers, to measure it as well")
@@ -140,11 +152,16 @@ def main() -> int:
     if len(contexts) < 2 or prompt_length(contexts[0], arguments.segments) < 1:
         least = -prompt_length(0, arguments.segments) + 1
         parser.error(f"--contexts {contexts}: two at least, of {least} tokens or more with --segments")
+    if BATCH // DP2.ranks % arguments.samples:
+        parser.error(f"--samples {arguments.samples} does not divide the {BATCH // DP2.ranks} sequences of a rank")
     model = ModelConfig(**PRESETS[arguments.preset])
     with tempfile.TemporaryDirectory(prefix="bench_decode_") as folder:
-        bench = Decode(Path(folder), model, arguments.preset, contexts, arguments.segments, arguments.repeats)
+        bench = Decode(
+            Path(folder), model, arguments.preset, contexts, arguments.segments, arguments.repeats, arguments.samples
+        )
         bench.prepare()
-        print(f"{cpu_name()}; {arguments.preset}, {BATCH} sequences; load {os.getloadavg()[0]:.1f}")
+        what = f"{arguments.preset}, {BATCH} sequences of {BATCH // arguments.samples} prompts"
+        print(f"{cpu_name()}; {what}; load {os.getloadavg()[0]:.1f}")
         figures, rows = {}, []
         for layout in LAYOUTS:
             seconds, floors = bench.ours(layout)

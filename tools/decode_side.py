@@ -40,7 +40,7 @@ def prompt_length(context: int, segments: int) -> int:
     return context - SEGMENT - SEGMENT * segments // 2
 
 
-def measure(cfg: RunConfig, contexts: list[int], segments: int, repeats: int) -> dict:
+def measure(cfg: RunConfig, contexts: list[int], samples: int, segments: int, repeats: int) -> dict:
     """Seconds of a step: ``steps[context]``, one for each segment that counts; and this machine's TFLOP/s."""
     with open_run(cfg) as run:
         run.engine.segment_rounds = SEGMENT
@@ -48,12 +48,12 @@ def measure(cfg: RunConfig, contexts: list[int], segments: int, repeats: int) ->
         steps = {context: [] for context in contexts}
         for _ in range(repeats):
             for context in contexts:
-                steps[context] += decode(run, prompt_length(context, segments), segments)
+                steps[context] += decode(run, prompt_length(context, segments), samples, segments)
     return {"steps": steps, "peak_tflops": peak}
 
 
-def decode(run: Run, prompt_len: int, segments: int) -> list[float]:
-    """Seconds of a step in each segment of one call."""
+def decode(run: Run, prompt_len: int, samples: int, segments: int) -> list[float]:
+    """Seconds of a step in each segment of one call, with so many samples of each prompt."""
     cfg, topology = run.cfg, run.groups.topology
     draw = np.random.default_rng(prompt_len)
     tokens = draw.integers(2, cfg.model.vocab_size, (cfg.rollout.prompts_per_step, prompt_len)).tolist()
@@ -66,7 +66,7 @@ def decode(run: Run, prompt_len: int, segments: int) -> list[float]:
 
     # The first forward draws a token of every sequence, each round after it one more.
     sampling = replace(cfg.sampling, max_new_tokens=SEGMENT * (segments + 1))
-    run.engine.generate(prompts[run.groups.dp_rank :: topology.dp], 1, sampling, seed=0, stop=look)
+    run.engine.generate(prompts[run.groups.dp_rank :: topology.dp], samples, sampling, seed=0, stop=look)
     return (np.diff(looks)[:segments] / SEGMENT).tolist()
 
 
@@ -76,6 +76,7 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--contexts", type=int, nargs="+", required=True)
+    parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--segments", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
@@ -88,7 +89,7 @@ def main() -> int:
         return ended.exit_code
 
     def body() -> None:
-        found = measure(cfg, arguments.contexts, arguments.segments, arguments.repeats)
+        found = measure(cfg, arguments.contexts, arguments.samples, arguments.segments, arguments.repeats)
         if os.environ["RANK"] == "0":
             arguments.result.write_text(json.dumps(found))
 

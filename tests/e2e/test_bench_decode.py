@@ -17,7 +17,7 @@ from tools.decode_side import SEGMENT, prompt_length
 @pytest.fixture(scope="module")
 def decode(tmp_path_factory) -> Decode:
     model = ModelConfig(**PRESETS["tiny"])
-    decode = Decode(tmp_path_factory.mktemp("bench_decode"), model, "tiny", [28, 40], segments=1, repeats=2)
+    decode = Decode(tmp_path_factory.mktemp("bench_decode"), model, "tiny", [28, 40], segments=1, repeats=2, samples=2)
     decode.prepare()
     return decode
 
