@@ -208,6 +208,9 @@ class RolloutConfig:
     # (DeepSeek-V3, arXiv 2412.19437, section 2.2). The samples stay the same; rollout/draft_acceptance and
     # rollout/tokens_per_s say whether it pays.
     speculative_tokens: int = 0
+    # GPUs: steps without prompts are recorded as CUDA graphs and played from then on, where the layers allow it (local
+    # ones, experts "grouped" and held by the tensor-parallel ranks; see rollout/graphs.py).
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True)

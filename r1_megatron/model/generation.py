@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -71,6 +72,12 @@ class StepContext:
 
     def using_cuda_graph_this_step(self) -> bool:
         return False
+
+
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array there; on CUDA the host does not wait for what the device was told before."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pack_prompts(lengths: tuple[int, ...], device: torch.device) -> PackedSeqParams | None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from r1_megatron.kernels.decode import mixture_of_experts, rms_norm, route_tokens
 from r1_megatron.kernels.ops import ops
@@ -54,7 +55,12 @@ class Walk:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """int64 ``[T]`` to ``[T, H]``, all rows on every tensor-parallel rank."""
-        return self.all_rows(self._chunk.embedding(input_ids=tokens[None], position_ids=None)[:, 0])
+        weight, tp = self._chunk.embedding.word_embeddings.weight, self._groups.tp
+        if tp.size() == 1:
+            return F.embedding(tokens, weight)
+        rows = tokens - tp.rank() * len(weight)
+        elsewhere = (rows < 0) | (rows >= len(weight))
+        return self._sum(F.embedding(rows.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[:, None], 0))
 
     def __call__(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor:
         """``[T, H]`` through all layers, and the final norm where this chunk has it."""

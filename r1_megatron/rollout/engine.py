@@ -36,13 +36,14 @@ import torch.distributed as dist
 from r1_megatron.config.schema import RunConfig, SamplingConfig
 from r1_megatron.data.tokenizers import Tokenizer
 from r1_megatron.model.drafting import drafting_layer
-from r1_megatron.model.generation import StepContext, gather_rows, pack_prompts, project
+from r1_megatron.model.generation import StepContext, gather_rows, on_device, pack_prompts, project
 from r1_megatron.model.routing import all_routers, chunk_routers
 from r1_megatron.model.walk import Walk, can_walk
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rollout.answers import Answers
 from r1_megatron.rollout.cache import TokenCache, page_size
 from r1_megatron.rollout.coupling import Coupling
+from r1_megatron.rollout.graphs import Capture, CudaCapture, StepGraphs, output_weight, why_not
 from r1_megatron.rollout.in_flight import InFlight, RolloutStopped
 from r1_megatron.rollout.pipeline import Pipeline
 from r1_megatron.rollout.race import RACE_ROUNDS, Race
@@ -97,6 +98,7 @@ def build_engine(cfg: RunConfig, chunks: Sequence[Any], groups: ProcessGroups, t
         max_prefill_tokens=rollout.max_prefill_tokens,
         record_routing=cfg.replays_experts,
         with_drafts=rollout.speculative_tokens > 0,
+        capture=CudaCapture if rollout.cuda_graphs and not why_not(chunks, groups) else None,
     )
 
 
@@ -115,9 +117,11 @@ class Engine:
         record_routing: fill :attr:`Rollout.routed_experts`.
         segment_rounds: rounds between two questions whether to stop.
         with_drafts: the multi-token-prediction layer drafts tokens, see `speculation.py`.
+        capture: makes what records decode steps, see ``graphs.py``; ``None``: they are not recorded.
 
-    ``metrics`` describes the last call: tokens drawn and fed, forwards, sequences of a forward (mean), preemptions,
-    seconds by activity, bytes of the cache and the most pages that were in use.
+    ``metrics`` describes the last call: tokens drawn and fed, forwards, those of them that were played from a
+    recording, sequences of a forward (mean), preemptions, seconds by activity, bytes of the cache and the most pages
+    that were in use.
     """
 
     def __init__(
@@ -136,6 +140,7 @@ class Engine:
         record_routing: bool = False,
         segment_rounds: int = 64,
         with_drafts: bool = False,
+        capture: Callable[[], Capture] | None = None,
     ):
         self.chunks, self.groups, self.tokenizer = list(chunks), groups, tokenizer
         self.vocab_size, self.max_len, self.page_size = vocab_size, max_len, page_size
@@ -151,6 +156,8 @@ class Engine:
         self._routers = [chunk_routers(chunk) for chunk in self.chunks]
         self._cache: TokenCache | None = None
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._capture = capture
+        self._graphs: StepGraphs | None = None
 
     @property
     def moe_layers(self) -> list[int]:
@@ -207,9 +214,12 @@ class Engine:
         answers = Answers(call, self.tokenizer, stop_tokens)
         with self._generating():
             run = _Generation(self, scheduler, answers, sampling, race)
+            played = run.graphs.num_played if run.graphs else 0
             run.run(stop)
+            played = run.graphs.num_played - played if run.graphs else 0
         self.metrics = {
             **run.clock.metrics(),
+            "rollout/num_forwards_played": played,
             "rollout/batch_mean": scheduler.num_stepped / max(scheduler.num_steps, 1),
             "rollout/preemptions": scheduler.num_given_up,
             "rollout/cache_pages_peak": scheduler.pool.peak,
@@ -224,6 +234,7 @@ class Engine:
         """Give the cache's memory back; the next :meth:`generate` allocates it again."""
         self._cache = None
         self._rotary = None
+        self._graphs = None
 
     @contextlib.contextmanager
     def _generating(self) -> Iterator[None]:
@@ -274,6 +285,27 @@ class Engine:
         else:  # a pipeline stage of an embedding or a head only
             empty = torch.empty(self.max_len, 1, 0, device=self.groups.device)
             self._rotary = (empty, empty)
+
+    def step_graphs(self, walks: Sequence[Walk]) -> StepGraphs | None:
+        """Recorded decode steps, those of the last call if all is where it was then."""
+        if self._capture is None or not walks:
+            return None
+        assert self._cache is not None and self._rotary is not None
+        if self._graphs is None or not self._graphs.in_place:
+            self._graphs = None  # gives its memory back first
+            self._graphs = StepGraphs(
+                self._capture(),
+                self.chunks,
+                walks,
+                self.groups,
+                self._cache,
+                self._rotary,
+                vocab_size=self.vocab_size,
+                max_rows=self.max_sequences * (1 + self.with_drafts),
+                max_pages=_pages(self.max_len, self.page_size),
+                record_routing=self.record_routing,
+            )
+        return self._graphs
 
 
 def _pages(num_tokens: int, page_size: int) -> int:
@@ -349,6 +381,7 @@ class _Generation:
         self.acceptance, self.drafting = Acceptance(), None
         if engine._drafting_layer is not None:
             self.drafting = Drafting(engine.chunks[-1], self.walks[-1], self.groups, self._sample)
+        self.graphs = engine.step_graphs(self.walks)
 
     def run(self, stop: Callable[[], bool] | None) -> None:
         """Rounds until every lane is empty; with ``stop`` or a race, in segments until all ranks of the job are done.
@@ -440,7 +473,7 @@ class _Generation:
         num_rows = max(-(-num_tokens // self.num_shards), 1) * self.num_shards
         table = np.zeros((3, num_rows), dtype=np.int64)
         table[:, :num_tokens] = plan.tokens, plan.positions, plan.cache_rows
-        tokens, positions, cache_rows = torch.from_numpy(table).to(self.device).unbind(0)
+        tokens, positions, cache_rows = on_device(table, self.device).unbind(0)
         lengths = (plan.positions[:num_decode] + 1).astype(np.int32)
         return StepContext(
             num_rows=num_rows,
@@ -450,8 +483,8 @@ class _Generation:
             positions=positions,
             cache=self.cache.layers,
             cache_rows=cache_rows[:num_tokens],
-            page_table=torch.from_numpy(plan.page_table).to(self.device),
-            lengths=torch.from_numpy(lengths).to(self.device),
+            page_table=on_device(plan.page_table, self.device),
+            lengths=on_device(lengths, self.device),
             cos=self.cos[positions],
             sin=self.sin[positions],
             prompts=pack_prompts(plan.prefill_lengths, self.device),
@@ -460,21 +493,29 @@ class _Generation:
 
     def _forward(self, flight: _Flight, plan: StepPlan, number: int) -> None:
         """One virtual stage of one lane's step."""
-        hidden = self._hidden_of_stage(flight, number)
-        self.cache.copy(plan.copies, self.layers[number], self.moe_layers[number])
-        hidden = self._through_layers(number, hidden, flight.step)
+        last, drawn = self.pipeline.is_last(number), None
+        if self.graphs is not None and self.graphs.takes(plan):
+            entering = None if self.pipeline.is_first(number) else self._hidden_of_stage(flight, number)[:, 0]
+            self.cache.copy(plan.copies, self.layers[number], self.moe_layers[number])
+            rows, drawn = self.graphs(number, plan, entering, self.sampling)
+            hidden = rows[:, None]
+        else:
+            hidden = self._hidden_of_stage(flight, number)
+            self.cache.copy(plan.copies, self.layers[number], self.moe_layers[number])
+            hidden = self._through_layers(number, hidden, flight.step)
         self._record_routing(number, flight.step)
         if number == len(self.engine.chunks) - 1:
             self.clock.num_tokens_fed += len(plan.tokens)
         self.clock.num_forwards += 1
         self.clock.charge("forward")
-        if not self.pipeline.is_last(number):
+        if not last:
             if self.pipeline.size == 1:
                 flight.hidden = hidden
             else:
                 self.pipeline.send_hidden(hidden)
         else:
-            drawn = self._draw(hidden, plan) if plan.num_sampled else None
+            if drawn is None and plan.num_sampled:
+                drawn = self._draw(hidden, plan)
             if self.drafting is not None:
                 drawn = self.drafting.draft(hidden[:, 0], flight.step, plan, drawn)
                 self.clock.charge("sample")
@@ -511,7 +552,7 @@ class _Generation:
         rows = hidden[:, 0]
         if self.num_row_shards > 1:
             rows = gather_rows(rows, self.groups.tp)
-        table = torch.from_numpy(np.stack([plan.sampled_rows, plan.keys, plan.sample_positions])).to(self.device)
+        table = on_device(np.stack([plan.sampled_rows, plan.keys, plan.sample_positions]), self.device)
         draw = self._sample(rows[table[0]], table[1], table[2])
         drawn = torch.stack([draw.tokens_B.double(), draw.logprobs_B.double()], 1)
         self.clock.charge("sample")
@@ -520,10 +561,7 @@ class _Generation:
     def _sample(self, rows: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> Draw:
         """A token per row of what goes into the last chunk's head, with the noise of (request key, position)."""
         chunk = self.engine.chunks[-1]
-        weight = chunk.output_layer.weight
-        if chunk.share_embeddings_and_output_weights:
-            weight = chunk.shared_embedding_or_output_weight()
-        logits = project(rows, weight)
+        logits = project(rows, output_weight(chunk))
         return sample_tokens(
             logits,
             vocab_start=self.groups.tp_rank * logits.shape[1],

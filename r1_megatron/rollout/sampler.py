@@ -66,6 +66,11 @@ def check_sampling(sampling: SamplingConfig) -> None:
         raise ValueError("; ".join(problems))
 
 
+def draws_at_once(sampling: SamplingConfig) -> bool:
+    """Whether :func:`sample_tokens` never waits for the device: top-p alone looks at how much mass it has found."""
+    return sampling.temperature == 0 or sampling.top_k > 0 or sampling.top_p >= 1
+
+
 def request_key(seed: int, request: int) -> int:
     """The signed 64-bit random-stream key of one request. Any integers; they count modulo 2**64."""
     key = _mix64(_mix64(seed & _MASK64) ^ (request & _MASK64))

@@ -380,8 +380,8 @@ def test_latent_steps_around_attention():
     *given, cache, cache_rows = _on_device(latent(64, 128, 128, 64, 512, 128, dtype=BF16).values())
     wide = [value.double() if isinstance(value, Tensor) else value for value in given]
     caches = [torch.zeros_like(cache), torch.zeros_like(cache, dtype=torch.float64)]
-    got = ops.latent_query(*given, caches[0], cache_rows)
-    want = reference.latent_query(*wide, caches[1], cache_rows)
+    got = ops.latent_query(*[*given, caches[0], cache_rows])
+    want = reference.latent_query(*[*wide, caches[1], cache_rows])
     for a, b in ((got, want), tuple(caches)):
         assert (a.double() - b).abs().max() <= 1e-2 * b.abs().max()
     values, exact = ops.latent_values(got[..., :512].contiguous(), given[2], 128), got[..., :512].double()
