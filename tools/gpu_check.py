@@ -1,14 +1,17 @@
-"""One command for a machine with an H100 or H200: build, test, benchmark, in under 10 minutes.
+"""One command for a machine with an H100 or H200: build, test, benchmark, in under 10 minutes, and a slice of
+DeepSeek-V3 in at most 7 more.
 
     make gpu-check                          # or: python tools/gpu_check.py
     python tools/gpu_check.py --write       # and put the table into BENCHMARKS.md
-    python tools/gpu_check.py --only gemm   # one of: build, tests, gemm, loss, head, swiglu
+    python tools/gpu_check.py --only gemm   # one of: build, tests, gemm, loss, head, swiglu, slice
     python tools/gpu_check.py --plan        # what would be measured; needs no GPU
 
 1. Says what it found: GPU, driver, versions, which peers are installed.
 2. Builds the operators of ``csrc/`` in place, CUDA ones included.
 3. Runs every test that is marked ``gpu``. A test that is skipped is a check that did not happen, and counts as failed.
 4. Benchmarks (``gpu_cases.py``) every operator against its bound, measured in the same run, and against its peers.
+5. Measures a slice of DeepSeek-V3 (``gpu_slice.py``): decode with and without CUDA graphs and FlashMLA against the
+   memory's bandwidth, prefill and training with local layers, Transformer Engine and FP8 against a product's rate.
 
 Every part runs in a process of its own with a time limit: a kernel that hangs or breaks its CUDA context costs its part
 only, and what was measured before stays. If time gets short, repetitions are dropped, never cases, and the notes say
@@ -44,7 +47,7 @@ if importlib.util.find_spec("torch") is None:
 
 import torch
 
-from tools import gpu_cases, peers
+from tools import gpu_cases, gpu_slice, peers
 from tools.gpu_cases import BOUND, OURS, SECTIONS, Case
 from tools.measure import (
     Budget,
@@ -61,12 +64,15 @@ from tools.measure import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("build", "tests", *SECTIONS)
+PARTS = ("build", "tests", *SECTIONS, "slice")
 LIMIT_S = 570.0
 BUILD_LIMIT_S = 240.0
 # What the benchmarks keep of the limit, however long the tests take, and how they share what is left.
 BENCHMARK_S = 200.0
 SHARES = {"gemm": 0.6, "loss": 0.15, "head": 0.15, "swiglu": 0.1}
+# The slice's own time, beside the limit of the others: what its decode measures for, and its other processes' limit.
+SLICE_DECODE_S, SLICE_PROCESS_S = 150.0, 100.0
+SLICE_S = 420.0
 # A part's process starts, imports torch and makes its tensors before it measures.
 STARTUP_S = 25.0
 # Around each call: overwriting the L2 cache and making fresh inputs.
@@ -137,7 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=PARTS, action="append", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--plan", action="store_true", help="print the cases with their work; needs no GPU")
     parser.add_argument(
-        "--limit", type=float, default=LIMIT_S, metavar="SECONDS", help=f"in all, default {LIMIT_S:.0f}"
+        "--limit",
+        type=float,
+        default=LIMIT_S,
+        metavar="SECONDS",
+        help=f"of all but the slice, default {LIMIT_S:.0f}; that has {SLICE_S:.0f} of its own",
     )
     parser.add_argument("--write", action="store_true", help="put the table into BENCHMARKS.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
@@ -160,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         why = "this torch is built for CPU only" if torch.version.cuda is None else "torch sees no GPU"
         print(f"gpu_check needs a CUDA device: {why} (torch {torch.__version__}).", file=sys.stderr)
         return 2
-    wanted = options.only or (SECTIONS if options.rehearse else PARTS)
+    wanted = options.only or ((*SECTIONS, "slice") if options.rehearse else PARTS)
     return check(wanted, options)
 
 
@@ -170,26 +180,32 @@ def check(wanted: Sequence[str], options: argparse.Namespace) -> int:
     print("\n".join(f"{name:7} {value}" for name, value in about.items()), flush=True)
     outcomes: list[Outcome] = []
     rows: list[Row] = []
+    of_slice: list[gpu_slice.Row] = []
+    started = time.monotonic()
     for part in [part for part in PARTS if part in wanted]:
-        print(f"\n{part} ({budget.left:.0f} s left)", flush=True)
+        left = SLICE_S if part == "slice" else budget.left
+        print(f"\n{part} ({left:.0f} s left)", flush=True)
         if part == "build":
             outcome = build(min(budget.left, BUILD_LIMIT_S))
         elif part == "tests":
             benchmarks = BENCHMARK_S if any(section in wanted for section in SECTIONS) else 0.0
             outcome = tests(max(budget.left - benchmarks, 60.0))
+        elif part == "slice":
+            outcome, of_slice = slice_of_model(options.rehearse)
         else:
             outcome, measured = benchmark(part, section_seconds(part, wanted, budget.left), options.rehearse)
             rows += measured
         print(f"{'ok' if outcome.ok else 'FAILED'}: {outcome.text}", flush=True)
         outcomes.append(outcome)
     notes = notes_on(rows, outcomes, options.rehearse)
-    if rows:
-        print(f"\n{table(HEADINGS, [row.cells() for row in rows])}\n\n{LEGEND}")
-    print("\n" + "\n".join([*notes, f"{options.limit - budget.left:.0f} s in all"]))
+    tables = tables_of(rows, of_slice)
+    print("".join(f"\n{text}\n" for text in tables))
+    print("\n".join([*notes, f"{time.monotonic() - started:.0f} s in all"]))
     if options.json:
-        options.json.write_text(json.dumps({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1))
-    if options.write and rows:
-        write_section(ROOT / "BENCHMARKS.md", f"GPU: {about['GPU']}", markdown(about, rows, notes))
+        found_here = {"rows": [asdict(row) for row in rows], "slice": [asdict(row) for row in of_slice]}
+        options.json.write_text(json.dumps({"machine": about, **found_here}, indent=1))
+    if options.write and tables:
+        write_section(ROOT / "BENCHMARKS.md", f"GPU: {about['GPU']}", markdown(about, tables, notes))
     failed = not all(outcome.ok for outcome in outcomes)
     unmet = options.assert_goals and any(row.met is False for row in rows)
     return 1 if failed or unmet else 0
@@ -205,10 +221,18 @@ def notes_on(rows: Sequence[Row], outcomes: Sequence[Outcome], rehearsed: bool) 
     return notes + [f"{row.case}: {problem}" for row in rows for problem in [*row.problems, *row.absent]]
 
 
-def markdown(about: Mapping[str, str], rows: Sequence[Row], notes: Sequence[str]) -> str:
+def tables_of(rows: Sequence[Row], of_slice: Sequence[gpu_slice.Row]) -> list[str]:
+    """The tables with something in them, each followed by its legend."""
+    tables = []
+    for module_headings, legend, lines in ((HEADINGS, LEGEND, rows), (gpu_slice.HEADINGS, gpu_slice.LEGEND, of_slice)):
+        if lines:
+            tables += [table(module_headings, [line.cells() for line in lines]), legend]
+    return tables
+
+
+def markdown(about: Mapping[str, str], tables: Sequence[str], notes: Sequence[str]) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in about.items())
-    shown = table(HEADINGS, [row.cells() for row in rows])
-    return "\n\n".join(["`make gpu-check`", facts, shown, LEGEND, "\n".join(f"- {note}" for note in notes)])
+    return "\n\n".join(["`make gpu-check`", facts, *tables, "\n".join(f"- {note}" for note in notes)])
 
 
 def found() -> dict[str, str]:
@@ -302,6 +326,51 @@ def benchmark(section: str, seconds: float, rehearse: bool) -> tuple[Outcome, li
     if done.returncode:
         text += f"; exit code {done.returncode}\n{done.stdout[-3000:]}"
     return Outcome(section, done.returncode == 0 and measured == total and not problems, text), rows
+
+
+def slice_of_model(rehearse: bool) -> tuple[Outcome, list[gpu_slice.Row]]:
+    """Decode, prefill and training, each kind of layers in a process of its own."""
+    if importlib.util.find_spec("megatron") is None:
+        return Outcome("slice", False, "megatron-core is not installed: pip install -c constraints.txt ."), []
+    budget, rows = Budget(SLICE_S), []
+    jobs = [("decode", "local"), *((part, layers) for part in ("prefill", "training") for layers in gpu_slice.LAYERS)]
+    if rehearse:
+        return _judge_slice(_slice_process(gpu_slice.PARTS, "local", budget.left, rehearse))
+    for part, layers in jobs:
+        if layers != "local" and not peers.is_installed("TE"):
+            rows.append(gpu_slice.Row(f"{part}, {layers}", reason="Transformer Engine is not installed"))
+            continue
+        limit = min(budget.left, SLICE_DECODE_S + STARTUP_S + 30 if part == "decode" else SLICE_PROCESS_S)
+        if limit < STARTUP_S:
+            rows.append(gpu_slice.Row(f"{part}, {layers}", reason="no time left"))
+            continue
+        rows += _slice_process([part], layers, limit, rehearse)
+    return _judge_slice(rows)
+
+
+def _judge_slice(rows: list[gpu_slice.Row]) -> tuple[Outcome, list[gpu_slice.Row]]:
+    failed = [row.case for row in rows if row.failed]
+    measured = sum(row.rate is not None for row in rows)
+    text = f"{measured} of {len(rows)} rows measured" + (f"; failed: {', '.join(failed)}" if failed else "")
+    return Outcome("slice", not failed, text), rows
+
+
+def _slice_process(parts: Sequence[str], layers: str, limit: float, rehearse: bool) -> list[gpu_slice.Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        command = [sys.executable, str(ROOT / "tools" / "gpu_slice.py"), f"--layers={layers}"]
+        command += [f"--part={part}" for part in parts]
+        command += [f"--rows={file}", f"--seconds={min(SLICE_DECODE_S, limit - STARTUP_S)}"]
+        done = _run([*command, *(["--device=cpu", "--small"] if rehearse else [])], limit)
+        lines = file.read_text().splitlines() if file.exists() else []
+    rows = [gpu_slice.Row(**json.loads(line)) for line in lines]
+    if done.returncode and not any(row.failed for row in rows):
+        last = next((line for line in reversed(done.stdout.splitlines()) if line.strip()), "no output")
+        reason = f"exit code {done.returncode}: {last[:200]}"
+        rows.append(gpu_slice.Row(f"{', '.join(parts)}, {layers}", reason=reason, failed=True))
+    for row in rows:
+        print(" | ".join(row.cells()), flush=True)
+    return rows
 
 
 def sizes(rehearse: bool) -> gpu_cases.Sizes:

@@ -140,7 +140,7 @@ class Engine:
         record_routing: bool = False,
         segment_rounds: int = 64,
         with_drafts: bool = False,
-        capture: Callable[[], Capture] | None = None,
+        capture: Callable[[], Capture | None] | None = None,
     ):
         self.chunks, self.groups, self.tokenizer = list(chunks), groups, tokenizer
         self.vocab_size, self.max_len, self.page_size = vocab_size, max_len, page_size

@@ -117,6 +117,7 @@ class StepGraphs:
     """The recordings of one engine's decode steps, by chunk, bucket and law of drawing.
 
     Args:
+        capture: who records; ``None``: steps only run, on the same buffers.
         walks: of this rank's chunks.
         rotary: (cos, sin) by position.
         max_rows: of a step that is recorded; longer ones are not taken.
@@ -126,7 +127,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        capture: Capture,
+        capture: Capture | None,
         chunks: Sequence[Any],
         walks: Sequence[Walk],
         groups: ProcessGroups,
@@ -213,7 +214,7 @@ class StepGraphs:
             self.num_played += 1
             return recording.results
         self._met[key] += 1
-        if self._met[key] <= WARM_UPS:
+        if self._capture is None or self._met[key] <= WARM_UPS:
             return forward()
         self._recordings[key] = recording = _Recording(*self._capture(forward))
         self.num_recorded += 1

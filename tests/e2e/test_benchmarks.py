@@ -33,8 +33,12 @@ def test_the_cpu_benchmark_agrees_with_all_peers(tmp_path):
 def test_the_gpu_check_rehearses_every_case(tmp_path):
     done = _run("gpu_check.py", "--rehearse", "--json", str(tmp_path / "found.json"))
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = found["rows"]
     cases = [case.title for section in gpu_cases.SECTIONS for case in gpu_cases.section(section, gpu_cases.TINY)]
     assert [row["case"] for row in rows] == cases
     assert all(row["seconds"] > 0 and row["bound"] > 0 and not row["problems"] for row in rows)
+    measured = [row["case"] for row in found["slice"] if row["rate"]]
+    assert [case.split()[0] for case in measured] == ["bandwidth", "decode", "decode", "prefill", "training"]
+    assert all(row["rate"] or row["reason"] for row in found["slice"]) and not any(r["failed"] for r in found["slice"])
     assert "A rehearsal on the CPU at tiny shapes: these figures say nothing." in done.stdout

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
-from tools import gpu_cases, gpu_check
+from tools import gpu_cases, gpu_check, gpu_slice
 from tools.gpu_cases import BOUND, OURS, Case, expert_rows, gemm_goal
 from tools.gpu_check import Outcome, Row, judge_tests, section_seconds
 from tools.measure import Budget, Candidate, cpu_stopwatch
@@ -174,6 +178,8 @@ def parts(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "build", lambda limit: answers["build"])
     monkeypatch.setattr(gpu_check, "tests", lambda limit: answers["tests"])
     monkeypatch.setattr(gpu_check, "benchmark", lambda section, seconds, rehearse: (answers[section], [good]))
+    measured = [gpu_slice.Row("decode", 1000.0, 2000.0, "tokens/s"), gpu_slice.Row("training, te", reason="no TE")]
+    monkeypatch.setattr(gpu_check, "slice_of_model", lambda rehearse: (answers["slice"], measured))
     return answers
 
 
@@ -184,6 +190,8 @@ def test_all_parts_and_the_section_in_benchmarks(parts, tmp_path, capsys):
     written = (tmp_path / "BENCHMARKS.md").read_text()
     assert "## GPU: a GPU" in written and "- torch: 2.11.0" in written and "| a case | 1.000" in written
     assert "- tests: ok, fine" in written
+    decode, skipped = (line for line in written.splitlines() if line.startswith(("| decode", "| training, te")))
+    assert "| 1,000 tokens/s | 2,000 |      50% |" in decode and "no TE |" in skipped
 
 
 def test_a_failed_part_is_reported_and_the_rest_goes_on(parts, capsys):
@@ -208,3 +216,30 @@ def test_what_is_missing_to_build_and_test_is_named(monkeypatch):
     assert "pip install setuptools" in gpu_check.build(1.0).text
     assert "pip install pytest" in gpu_check.tests(1.0).text
     assert not gpu_check.build(1.0).ok and not gpu_check.tests(1.0).ok
+
+
+def test_a_process_of_the_slice_that_dies_is_a_row_and_the_others_go_on(monkeypatch):
+    def run(command, limit, **variables):
+        part = next(argument for argument in command if argument.startswith("--part=")).partition("=")[2]
+        if part == "prefill":
+            return subprocess.CompletedProcess(command, -11, "CUDA error: an illegal memory access\n")
+        rows = next(argument for argument in command if argument.startswith("--rows=")).partition("=")[2]
+        row = gpu_slice.Row(part, 1.0, 2.0, "TFLOP/s", failed=part == "training", reason="wrong tokens")
+        Path(rows).write_text(json.dumps(asdict(row)) + "\n")
+        return subprocess.CompletedProcess(command, int(row.failed), "")
+
+    monkeypatch.setattr(gpu_check, "_run", run)
+    monkeypatch.setattr(gpu_check.peers, "is_installed", lambda name: False)
+    outcome, rows = gpu_check.slice_of_model(rehearse=False)
+    assert [(row.case, row.rate, row.failed) for row in rows] == [
+        ("decode", 1.0, False),
+        ("prefill, local", None, True),
+        ("prefill, te", None, False),
+        ("prefill, fp8", None, False),
+        ("training", 1.0, True),
+        ("training, te", None, False),
+        ("training, fp8", None, False),
+    ]
+    assert rows[1].reason == "exit code -11: CUDA error: an illegal memory access"
+    assert rows[2].reason == "Transformer Engine is not installed"
+    assert not outcome.ok and outcome.text == "2 of 7 rows measured; failed: prefill, local, training"
