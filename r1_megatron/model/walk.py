@@ -143,9 +143,8 @@ class Walk:
             if self._record:
                 replay.recorded = self.own_rows(chosen)
             if sharers > 1:
-                chosen = chosen.clone()
                 mine = torch.arange(len(rows), device=rows.device) % sharers == turn
-                chosen[~mine] = -1
+                chosen = torch.where(mine[:, None], chosen, -1)
             return mixture_of_experts(rows, gates, chosen, w1, w2, first)
 
         return routed
