@@ -4,53 +4,33 @@ No second engine, no copy of the weights, nothing to synchronise after an optimi
 token: a decode token of every live sequence, then prompts, then padding up to a multiple of the tensor-parallel size,
 so that sequence parallelism and expert dispatch work on it exactly as in training.
 
-Pipeline stages work on different *lanes* (groups of sequences) at the same time. Virtual stage ``chunk * pp + rank``
-hands hidden states to the next one around the ring of pipeline ranks; the last one draws tokens and sends them to all::
-
-    for each round:  for each chunk of this rank:  for each lane:  receive, forward, send
-    (first chunk: the lane takes its last tokens and plans its step; last virtual stage: it draws)
-
-Every stage plans from the same requests and tokens, and takes and plans in the same order, for lanes share a queue and
-the cache; so shapes are never sent. Copies of pages come right before each chunk's forward: lanes that plan one after
-the other find, in every layer, what the ones before them have written. Data-parallel ranks generate for themselves,
-except that ranks which exchange tokens between experts have to run the same forwards: they agree before each whether
-any of them has tokens for it (`rollout/coupling.py`), and one that has none feeds padding.
-
-Where a run may be asked to end, rounds come in segments, and after each of them all ranks of the job agree on whether
-to go on. A segment ends between two rounds: every stage has been through the same steps of every lane, and drawn tokens
-are all that is under way. Pausing therefore changes no forward.
+How a call goes, step by step, stands in `rollout/rounds.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
 from r1_megatron.config.schema import RunConfig, SamplingConfig
 from r1_megatron.data.tokenizers import Tokenizer
 from r1_megatron.model.drafting import drafting_layer
-from r1_megatron.model.generation import StepContext, gather_rows, on_device, pack_prompts, project
 from r1_megatron.model.routing import all_routers, chunk_routers
 from r1_megatron.model.walk import Walk, can_walk
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rollout.answers import Answers
 from r1_megatron.rollout.cache import TokenCache, page_size
-from r1_megatron.rollout.coupling import Coupling
-from r1_megatron.rollout.graphs import Capture, CudaCapture, StepGraphs, output_weight, why_not
-from r1_megatron.rollout.in_flight import InFlight, RolloutStopped
-from r1_megatron.rollout.pipeline import Pipeline
-from r1_megatron.rollout.race import RACE_ROUNDS, Race
+from r1_megatron.rollout.chunks import Chunks
+from r1_megatron.rollout.graphs import Capture, CudaCapture, StepGraphs, why_not
+from r1_megatron.rollout.in_flight import InFlight
+from r1_megatron.rollout.race import Race
 from r1_megatron.rollout.requests import Call, check_call, make_requests
-from r1_megatron.rollout.sampler import Draw, group_gather, position_keys, sample_tokens
-from r1_megatron.rollout.scheduler import SAMPLES_PER_PROMPT_LIMIT, Scheduler, StepPlan
-from r1_megatron.rollout.speculation import Acceptance, Drafting, check_drafting
+from r1_megatron.rollout.rounds import Rounds
+from r1_megatron.rollout.scheduler import Scheduler
+from r1_megatron.rollout.speculation import check_drafting
 from r1_megatron.types import Prompt, Rollout
 
 
@@ -213,18 +193,28 @@ class Engine:
         )
         answers = Answers(call, self.tokenizer, stop_tokens)
         with self._generating():
-            run = _Generation(self, scheduler, answers, sampling, race)
-            played = run.graphs.num_played if run.graphs else 0
-            run.run(stop)
-            played = run.graphs.num_played - played if run.graphs else 0
+            chunks = self._generating_chunks(sampling)
+            played = chunks.graphs.num_played if chunks.graphs else 0
+            rounds = Rounds(
+                chunks,
+                self.groups,
+                scheduler,
+                answers,
+                sampling,
+                race,
+                segment_rounds=self.segment_rounds,
+                with_drafts=self.with_drafts,
+            )
+            rounds.run(stop)
+            played = chunks.graphs.num_played - played if chunks.graphs else 0
         self.metrics = {
-            **run.clock.metrics(),
+            **rounds.clock.metrics(),
             "rollout/num_forwards_played": played,
             "rollout/batch_mean": scheduler.num_stepped / max(scheduler.num_steps, 1),
             "rollout/preemptions": scheduler.num_given_up,
             "rollout/cache_pages_peak": scheduler.pool.peak,
             "rollout/cache_bytes": self._cache.num_bytes if self._cache else 0,
-            **(run.acceptance.metrics(run.clock.num_tokens_drawn) if self.with_drafts else {}),
+            **(rounds.acceptance.metrics(rounds.clock.num_tokens_drawn) if self.with_drafts else {}),
         }
         if race is not None:
             race.rest, self.metrics["rollout/cancelled_num_tokens"] = answers.losers()
@@ -286,7 +276,23 @@ class Engine:
             empty = torch.empty(self.max_len, 1, 0, device=self.groups.device)
             self._rotary = (empty, empty)
 
-    def step_graphs(self, walks: Sequence[Walk]) -> StepGraphs | None:
+    def _generating_chunks(self, sampling: SamplingConfig) -> Chunks:
+        assert self._cache is not None and self._rotary is not None
+        walks = [Walk(chunk, self.groups, self.record_routing) for chunk in self.chunks if can_walk(chunk)]
+        walks = walks if len(walks) == len(self.chunks) else []
+        return Chunks(
+            self.chunks,
+            walks,
+            self.groups,
+            self._cache,
+            self._rotary,
+            self._step_graphs(walks),
+            sampling,
+            vocab_size=self.vocab_size,
+            with_drafts=self.with_drafts,
+        )
+
+    def _step_graphs(self, walks: Sequence[Walk]) -> StepGraphs | None:
         """Recorded decode steps, those of the last call if all is where it was then."""
         if self._capture is None or not walks:
             return None
@@ -310,325 +316,3 @@ class Engine:
 
 def _pages(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
-
-
-@dataclass
-class _Clock:
-    """Counts and seconds of one call of ``generate``."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("plan", "wait", "forward", "sample"), 0.0))
-    num_forwards: int = 0
-    num_tokens_drawn: int = 0
-    num_tokens_fed: int = 0
-    _last: float = field(default_factory=time.perf_counter)
-
-    def charge(self, activity: str) -> None:
-        """The time since the last call went into this."""
-        now = time.perf_counter()
-        self.seconds[activity] += now - self._last
-        self._last = now
-
-    def metrics(self) -> dict[str, float]:
-        total = sum(self.seconds.values())
-        return {
-            "rollout/num_tokens": self.num_tokens_drawn,
-            "rollout/num_tokens_fed": self.num_tokens_fed,
-            "rollout/num_forwards": self.num_forwards,
-            "rollout/tokens_per_s": self.num_tokens_drawn / total if total else 0.0,
-            **{f"rollout/{activity}_s": seconds for activity, seconds in self.seconds.items()},
-        }
-
-
-@dataclass
-class _Flight:
-    """A lane on its way: the step it is in, and the tokens it waits for."""
-
-    lane: int
-    active: bool = True  # of coupled ranks: some of them had work in this lane when they last agreed
-    plan: StepPlan | None = None  # of this round; None: the lane runs no forward in it
-    step: StepContext = field(init=False)
-    hidden: torch.Tensor | None = None  # between two chunks where one rank holds the whole pipeline
-    arriving: tuple[StepPlan, torch.Tensor, Any] | None = None  # the step, what it draws, a receive to wait for
-
-
-class _Generation:
-    """One call of :meth:`Engine.generate`."""
-
-    def __init__(
-        self, engine: Engine, scheduler: Scheduler, answers: Answers, sampling: SamplingConfig, race: Race | None
-    ):
-        assert engine._cache is not None and engine._rotary is not None
-        self.engine, self.scheduler, self.answers, self.sampling = engine, scheduler, answers, sampling
-        self.race = race
-        self.groups, self.config, self.device = engine.groups, engine.config, engine.groups.device
-        self.cache, (self.cos, self.sin) = engine._cache, engine._rotary
-        self.flights = [_Flight(lane) for lane in range(engine.num_lanes)]
-        self.pipeline = Pipeline(self.groups, len(engine.chunks))
-        self.clock = _Clock()
-        self.num_rounds, self.over = 0, False
-        self.tp = self.groups.topology.tp
-        self.num_shards = self.tp if self.config.sequence_parallel else 1
-        self.coupling = Coupling(self.groups) if self.groups.exchanges_tokens else None
-        # Each chunk's layers and mixture-of-experts layers among those of this rank.
-        counts = [len(chunk.decoder.layers) for chunk in engine.chunks]
-        counts[-1] += engine._drafting_layer is not None
-        self.layers = _slices(counts)
-        self.moe_layers = _slices([len(routers) for routers in engine._routers])
-        # The walk has all rows on every tensor-parallel rank; all ranks of the job walk or none does.
-        self.walks = [Walk(chunk, self.groups, engine.record_routing) for chunk in engine.chunks if can_walk(chunk)]
-        self.walks = self.walks if len(self.walks) == len(engine.chunks) else []
-        self.num_row_shards = 1 if self.walks else self.num_shards
-        self.acceptance, self.drafting = Acceptance(), None
-        if engine._drafting_layer is not None:
-            self.drafting = Drafting(engine.chunks[-1], self.walks[-1], self.groups, self._sample)
-        self.graphs = engine.step_graphs(self.walks)
-
-    def run(self, stop: Callable[[], bool] | None) -> None:
-        """Rounds until every lane is empty; with ``stop`` or a race, in segments until all ranks of the job are done.
-
-        Raises:
-            RolloutStopped: on all ranks, between two segments, if any rank was asked to stop and any has work left.
-        """
-        if stop is None and self.race is None:
-            self._run_rounds()
-        else:
-            rounds = self.engine.segment_rounds
-            if self.race is not None:
-                rounds = min(rounds, RACE_ROUNDS)
-                self._meet(stop)  # groups may have been done before
-            work_left = True
-            while work_left:
-                self._run_rounds(rounds)
-                work_left, stopping = self._meet(stop)
-                if work_left and stopping:
-                    raise RolloutStopped(self._all_in_flight())
-        self.pipeline.flush()
-        self.clock.charge("wait")
-
-    def _meet(self, stop: Callable[[], bool] | None) -> tuple[bool, bool]:
-        """Whether any rank of the job has work left, and whether any was asked to stop.
-
-        In a race all hear which groups are done, and draw no more than that leaves to be drawn.
-        """
-        asked = stop is not None and stop()
-        anywhere = torch.tensor([int(not self.over), int(asked), *self.answers.done()], device=self.device)
-        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
-        work_left, stopping, *done = anywhere.tolist()
-        if self.race is not None and self.race.hear(done):
-            self.scheduler.cut(self.answers.most_tokens())
-        self.clock.charge("wait")
-        return bool(work_left), bool(stopping)
-
-    def _all_in_flight(self) -> list[InFlight]:
-        for flight in self.flights:
-            self._take_arriving(flight)
-        self.pipeline.flush()
-        return self.answers.in_flight(self.scheduler.sequences(), self._routing)
-
-    def _run_rounds(self, limit: int | None = None) -> None:
-        """At most ``limit`` rounds, fewer if all is done before."""
-        end = None if limit is None else self.num_rounds + limit
-        while self.num_rounds != end and not self._is_over():
-            self.num_rounds += 1
-            for number in range(len(self.engine.chunks)):
-                for flight in self.flights:
-                    if number == 0:
-                        self._begin(flight)
-                    if flight.plan is not None:
-                        self._forward(flight, flight.plan, number)
-            for flight in self.flights:
-                if flight.plan is not None and flight.plan.num_sampled and flight.arriving is None:
-                    shape = (flight.plan.num_drawn, 2 + self.engine.with_drafts)
-                    drawn = torch.empty(shape, dtype=torch.float64, device=self.device)
-                    flight.arriving = (flight.plan, drawn, self.pipeline.expect_tokens(drawn))
-
-    def _is_over(self) -> bool:
-        """Whether all is done; asked before each round. Coupled ranks answer alike."""
-        if self.coupling is None:
-            self.over = not self.scheduler.has_work
-        else:
-            self.over = not any(flight.active for flight in self.flights)
-        return self.over
-
-    def _begin(self, flight: _Flight) -> None:
-        """Take the tokens of the last step and plan the next one, if there is one."""
-        self._take_arriving(flight)
-        flight.plan = None
-        plan = self.scheduler.plan(flight.lane)
-        for sequence in plan.given_up:
-            self.answers.give_up(sequence, self._routing)
-        runs, peer_rows = len(plan.tokens) > 0, ()
-        if self.coupling is not None:
-            self.clock.charge("plan")
-            agreed = self.coupling.agree(len(plan.tokens), self.scheduler.lane_has_work(flight.lane))
-            flight.active, runs, peer_rows = agreed.any_work, agreed.any_tokens, agreed.peer_rows
-            self.clock.charge("wait")
-        if runs:
-            flight.plan, flight.step = plan, self._context(plan, peer_rows)
-        self.clock.charge("plan")
-
-    def _context(self, plan: StepPlan, peer_rows: tuple[int, ...]) -> StepContext:
-        """The step on the device."""
-        num_tokens, num_decode = len(plan.tokens), plan.num_decode
-        num_rows = max(-(-num_tokens // self.num_shards), 1) * self.num_shards
-        table = np.zeros((3, num_rows), dtype=np.int64)
-        table[:, :num_tokens] = plan.tokens, plan.positions, plan.cache_rows
-        tokens, positions, cache_rows = on_device(table, self.device).unbind(0)
-        lengths = (plan.positions[:num_decode] + 1).astype(np.int32)
-        return StepContext(
-            num_rows=num_rows,
-            num_decode=num_decode,
-            num_prompt_tokens=num_tokens - num_decode,
-            tokens=tokens,
-            positions=positions,
-            cache=self.cache.layers,
-            cache_rows=cache_rows[:num_tokens],
-            page_table=on_device(plan.page_table, self.device),
-            lengths=on_device(lengths, self.device),
-            cos=self.cos[positions],
-            sin=self.sin[positions],
-            prompts=pack_prompts(plan.prefill_lengths, self.device),
-            peer_rows=peer_rows,
-        )
-
-    def _forward(self, flight: _Flight, plan: StepPlan, number: int) -> None:
-        """One virtual stage of one lane's step."""
-        last, drawn = self.pipeline.is_last(number), None
-        if self.graphs is not None and self.graphs.takes(plan):
-            entering = None if self.pipeline.is_first(number) else self._hidden_of_stage(flight, number)[:, 0]
-            self.cache.copy(plan.copies, self.layers[number], self.moe_layers[number])
-            rows, drawn = self.graphs(number, plan, entering, self.sampling)
-            hidden = rows[:, None]
-        else:
-            hidden = self._hidden_of_stage(flight, number)
-            self.cache.copy(plan.copies, self.layers[number], self.moe_layers[number])
-            hidden = self._through_layers(number, hidden, flight.step)
-        self._record_routing(number, flight.step)
-        if number == len(self.engine.chunks) - 1:
-            self.clock.num_tokens_fed += len(plan.tokens)
-        self.clock.num_forwards += 1
-        self.clock.charge("forward")
-        if not last:
-            if self.pipeline.size == 1:
-                flight.hidden = hidden
-            else:
-                self.pipeline.send_hidden(hidden)
-        else:
-            if drawn is None and plan.num_sampled:
-                drawn = self._draw(hidden, plan)
-            if self.drafting is not None:
-                drawn = self.drafting.draft(hidden[:, 0], flight.step, plan, drawn)
-                self.clock.charge("sample")
-            if drawn is not None:
-                self.pipeline.send_tokens(drawn)
-                flight.arriving = (plan, drawn, None)
-
-    def _hidden_of_stage(self, flight: _Flight, number: int) -> torch.Tensor:
-        """What goes into a chunk's layers, ``[T, 1, H]``, or this rank's rows of it: embedded here, or received."""
-        chunk, step = self.engine.chunks[number], flight.step
-        if self.pipeline.is_first(number):
-            if self.walks:
-                return self.walks[number].embed(step.tokens)[:, None]
-            return chunk.embedding(input_ids=step.tokens[None], position_ids=None)
-        if self.pipeline.size == 1:
-            assert flight.hidden is not None
-            return flight.hidden
-        shape = (step.num_rows // self.num_row_shards, 1, self.config.hidden_size)
-        received = torch.empty(shape, dtype=self.config.params_dtype, device=self.device)
-        self.pipeline.receive_hidden(received)
-        self.clock.charge("wait")
-        return received
-
-    def _through_layers(self, number: int, hidden: torch.Tensor, step: StepContext) -> torch.Tensor:
-        """The chunk's layers and, behind the last one, the final norm."""
-        if self.walks:
-            return self.walks[number](hidden[:, 0], step)[:, None]
-        chunk = self.engine.chunks[number]
-        chunk.decoder.set_input_tensor(hidden)  # where it embeds, the argument counts
-        return chunk.decoder(hidden_states=hidden, attention_mask=None, inference_context=step)
-
-    def _draw(self, hidden: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-        """(token, log-probability) of every row that draws, float64 ``[num_drawn, 2]``."""
-        rows = hidden[:, 0]
-        if self.num_row_shards > 1:
-            rows = gather_rows(rows, self.groups.tp)
-        table = on_device(np.stack([plan.sampled_rows, plan.keys, plan.sample_positions]), self.device)
-        draw = self._sample(rows[table[0]], table[1], table[2])
-        drawn = torch.stack([draw.tokens_B.double(), draw.logprobs_B.double()], 1)
-        self.clock.charge("sample")
-        return drawn
-
-    def _sample(self, rows: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> Draw:
-        """A token per row of what goes into the last chunk's head, with the noise of (request key, position)."""
-        chunk = self.engine.chunks[-1]
-        logits = project(rows, output_weight(chunk))
-        return sample_tokens(
-            logits,
-            vocab_start=self.groups.tp_rank * logits.shape[1],
-            vocab_size=self.engine.vocab_size,
-            keys_B=position_keys(keys, positions),
-            sampling=self.sampling,
-            gather=group_gather(self.groups.tp),
-        )
-
-    def _take_arriving(self, flight: _Flight) -> None:
-        """Take the tokens of the lane's last step, drawn here or received; all stages do so at the same point."""
-        if flight.arriving is None:
-            return
-        plan, drawn, receive = flight.arriving
-        flight.arriving = None
-        if receive is not None:
-            receive.wait()
-        drawn = drawn.cpu()
-        self.clock.charge("wait")
-        self._take(flight.lane, plan, drawn)
-
-    def _take(self, lane: int, plan: StepPlan, drawn: torch.Tensor) -> None:
-        """Append the drawn tokens to their sequences and answer those that end."""
-        tokens, logprobs = drawn[:, 0].numpy().astype(np.int64), drawn[:, 1].numpy()
-        stopped = np.zeros(plan.num_sampled, dtype=bool)
-        for places, rows in self.acceptance.turns(plan, tokens, stopped):
-            sequences = plan.sequences[places]
-            self._check_finite(sequences, plan.sample_positions[rows], logprobs[rows])
-            stopped[places] = self.scheduler.append(sequences, tokens[rows], logprobs[rows])
-            self.clock.num_tokens_drawn += len(rows)
-            if self.sampling.stop:
-                for place, sequence, token in zip(places.tolist(), sequences.tolist(), tokens[rows].tolist()):
-                    request = self.scheduler.request(sequence).request
-                    stopped[place] |= self.answers.completes_stop_string(request, token)
-            if self.engine.with_drafts:
-                self.scheduler.expect(sequences, drawn[:, 2].numpy().astype(np.int64)[rows])
-        for end in self.scheduler.retire(lane, plan, stopped):
-            self.answers.finish(end, self._routing)
-        self.clock.charge("plan")
-
-    def _check_finite(self, sequences: np.ndarray, positions: np.ndarray, logprobs: np.ndarray) -> None:
-        if not np.isfinite(logprobs).all():
-            number = int(np.flatnonzero(~np.isfinite(logprobs))[0])
-            request = self.scheduler.request(int(sequences[number])).request
-            raise FloatingPointError(
-                f"generation: the logits are not finite at position {positions[number]} of request "
-                f"{request} (prompt {request // SAMPLES_PER_PROMPT_LIMIT})"
-            )
-
-    def _routing(self, pages: np.ndarray, num_tokens: int) -> np.ndarray | None:
-        """The experts recorded in a sequence's pages, ``[num_tokens, layers of this rank, topk]``."""
-        recorded = self.cache.recorded_routing(torch.from_numpy(pages).to(self.device), num_tokens)
-        return None if recorded is None else recorded.cpu().numpy()
-
-    def _record_routing(self, number: int, step: StepContext) -> None:
-        """If asked for, keep the experts that this chunk's routers just chose, in the rows of their tokens."""
-        routers, record = self.engine._routers[number], self.cache.routing
-        num_tokens = step.num_decode + step.num_prompt_tokens
-        if not routers or record is None:
-            return
-        experts = torch.stack([router.router_replay.recorded for router in routers], 1).to(record.dtype)
-        if self.num_shards > 1:
-            experts = gather_rows(experts, self.groups.tp)
-        self.cache.record_routing(step.cache_rows, self.moe_layers[number], experts[:num_tokens])
-
-
-def _slices(counts: Sequence[int]) -> list[slice]:
-    """Consecutive pieces of these lengths."""
-    ends = np.cumsum(counts).tolist()
-    return [slice(end - count, end) for end, count in zip(ends, counts)]
