@@ -24,7 +24,7 @@ class PagePool:
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """``count`` free pages, with one holder each."""
+        """``count`` free pages, with one holder each; neighbours in ascending order where they were left so."""
         assert count <= len(self._free), (count, len(self._free))
         taken = [self._free.pop() for _ in range(count)]
         self.holders[taken] = 1
@@ -41,4 +41,5 @@ class PagePool:
         pages = np.asarray(pages, dtype=np.int64)
         assert (self.holders[pages] > 0).all(), pages
         self.holders[pages] -= 1
-        self._free += pages[self.holders[pages] == 0].tolist()
+        # The first of them is taken first: pages in order are read faster than others.
+        self._free += pages[self.holders[pages] == 0][::-1].tolist()
