@@ -7,7 +7,7 @@
 
 Ours is the engine of a run (``decode_side.py``). By default every sequence has a prompt of its own, so that no two
 share a page of the cache; the samples of one prompt do. Transformers gets the same weights and prompts of the same
-length; a step of it is the difference of two calls that differ in their new tokens only. What counts is the median.
+length, and its tokens are timed one by one. What counts is the median.
 
 ``floor`` is what the step would take if nothing but attention over the cache grew, and that ran as fast as this
 machine's ``torch.mm`` of 1024 x 1024 float32 matrices: the step at the first context and the multiplications that come
@@ -42,8 +42,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BATCH = 64
 LAYOUTS = (ONE_THREAD, ONE_RANK, DP2)
 GROWTH_GOAL = 0.15
-# New tokens of Transformers' two calls.
-_PEER_TOKENS = (8, 24)
+# New tokens of each of Transformers' calls.
+_PEER_TOKENS = 24
 PEER = "Transformers' generate"
 
 
@@ -120,21 +120,17 @@ class Decode:
 
     def peer(self, python: str) -> list[float]:
         """Transformers' seconds of a step at each context."""
-        return [self.peer_step(python, prompt_length(context, self.segments)) for context in self.contexts]
+        return [self.peer_step(python, context - _PEER_TOKENS // 2) for context in self.contexts]
 
     def peer_step(self, python: str, prompt_len: int) -> float:
         workload = Workload(BATCH // self.samples, self.samples, prompt_len, prompt_len)
-        files = {"workload": self.folder / "workload.json", "prompts": self.folder / "prompts.jsonl"}
-        workload.save(files["workload"])
-        write_prompts(files["prompts"], workload, 1, self.model.vocab_size)
-        seconds = []
-        for new_tokens in _PEER_TOKENS:
-            result = self.folder / "peer.json"
-            command = [python, str(ROOT / "tools" / "trl_side.py"), "generate", str(self.folder / "model")]
-            command += [*map(str, files.values()), str(result), "--new-tokens", str(new_tokens)]
-            watched([*command, "--repeats", str(self.repeats)], environment(ONE_RANK.threads))
-            seconds.append(statistics.median(call["seconds"] for call in json.loads(result.read_text())["calls"]))
-        return (seconds[1] - seconds[0]) / (_PEER_TOKENS[1] - _PEER_TOKENS[0])
+        files = [self.folder / name for name in ("workload.json", "prompts.jsonl", "peer.json")]
+        workload.save(files[0])
+        write_prompts(files[1], workload, 1, self.model.vocab_size)
+        command = [python, str(ROOT / "tools" / "trl_side.py"), "decode", str(self.folder / "model"), *map(str, files)]
+        options = ["--new-tokens", str(_PEER_TOKENS), "--repeats", str(self.repeats)]
+        watched([*command, *options], environment(ONE_RANK.threads))
+        return statistics.median(json.loads(files[2].read_text())["steps"])
 
 
 def main() -> int:

@@ -1,12 +1,13 @@
 """The other side of ``bench_vs_trl.py``, in its own process and, if need be, its own Python environment.
 
     python tools/trl_side.py generate MODEL WORKLOAD.json PROMPTS.jsonl RESULT.json --new-tokens 256 --repeats 2
+    python tools/trl_side.py decode MODEL WORKLOAD.json PROMPTS.jsonl RESULT.json --new-tokens 24 --repeats 2
     python tools/trl_side.py grpo MODEL WORKLOAD.json PROMPTS.jsonl RESULT.json --batch-size 16 --steps 3
     python tools/trl_side.py score MODEL WORKLOAD.json PROMPTS.jsonl RESULT.json --samples SAMPLES.json
 
-``generate`` is Transformers' own, without TRL: all of a step's completions in one batch. ``grpo`` is TRL's
-``GRPOTrainer``; under ``torch.distributed.run`` it is data-parallel. ``score`` gives Transformers' log-probabilities of
-sequences that our side drew.
+``generate`` is Transformers' own, without TRL: all of a step's completions in one batch. ``decode`` is the same, timed
+token by token. ``grpo`` is TRL's ``GRPOTrainer``; under ``torch.distributed.run`` it is data-parallel. ``score`` gives
+Transformers' log-probabilities of sequences that our side drew.
 
 What DeepSeek-V3's architecture and a CPU ask of TRL: ``use_cpu``, float32 by name (bf16 is TRL's default), no gradient
 checkpointing (TRL's default; it costs a second forward), a padding token of its own, and no hub: every file is local.
@@ -17,6 +18,7 @@ Transformers chooses (``grouped_mm``, by far the fastest of its three here).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -53,6 +55,38 @@ def generate(
         num_tokens = (is_end.cumsum(1) - is_end.int() == 0).sum()
         calls.append({"seconds": seconds, "tokens": num_tokens.item()})
     return {"calls": calls}
+
+
+def decode(model_folder: str, workload: Workload, prompts: list[str], new_tokens: int, repeats: int) -> dict[str, Any]:
+    """Seconds between two tokens of the batch, of all calls; the prompt's forward is before the first of them."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    model, tokenizer = _load(model_folder)
+    rows = [prompt for prompt in prompts[: workload.num_prompts] for _ in range(workload.samples_per_prompt)]
+    inputs = tokenizer(rows, return_tensors="pt", padding=True, padding_side="left")
+    looks: list[float] = []
+
+    class Look(StoppingCriteria):
+        """Asked after every token; never stops."""
+
+        def __call__(self, input_ids, scores, **_):
+            looks.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    seconds: list[float] = []
+    for seed in range(repeats):
+        torch.manual_seed(seed)
+        looks.clear()
+        model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            top_k=0,
+            temperature=1.0,
+            stopping_criteria=StoppingCriteriaList([Look()]),
+        )
+        seconds += [later - earlier for earlier, later in itertools.pairwise(looks)]
+    return {"steps": seconds}
 
 
 def score(model_folder: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -172,7 +206,7 @@ def _load(folder: str) -> tuple[Any, Any]:
 def main() -> None:
     """From the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("generate", "grpo", "score"))
+    parser.add_argument("task", choices=("generate", "decode", "grpo", "score"))
     parser.add_argument("model")
     parser.add_argument("workload", type=Path)
     parser.add_argument("prompts", type=Path)
@@ -186,6 +220,8 @@ def main() -> None:
     workload, prompts = Workload.load(arguments.workload), read_prompts(arguments.prompts)
     if arguments.task == "generate":
         found = generate(arguments.model, workload, prompts, arguments.new_tokens, arguments.repeats)
+    elif arguments.task == "decode":
+        found = decode(arguments.model, workload, prompts, arguments.new_tokens, arguments.repeats)
     elif arguments.task == "grpo":
         output_dir = f"{arguments.result}.run"
         found = grpo(arguments.model, workload, prompts, arguments.batch_size, arguments.steps, output_dir)

@@ -8,10 +8,11 @@ import pytest
 
 from r1_megatron.config.presets import PRESETS
 from r1_megatron.config.schema import ModelConfig
-from tools import bench_decode
+from tools import bench_decode, trl_side
 from tools.bench_decode import Decode, cells
 from tools.bench_vs_trl import DP2
 from tools.decode_side import SEGMENT, prompt_length
+from tools.rl_workload import Workload
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,12 @@ def test_segments_are_timed_on_all_ranks_at_every_context(decode, monkeypatch):
     seconds, floors = decode.ours(DP2)
     assert len(seconds) == len(floors) == 2 and min(seconds) > 0 and max(seconds) < 10
     assert floors[0] == seconds[0] and floors[1] > floors[0]
+
+
+def test_transformers_tokens_are_timed_one_by_one(decode):
+    workload = Workload(2, 2, 4, 4)
+    found = trl_side.decode(str(decode.folder / "model"), workload, ["w2 w3 w4 w5", "w6 w7 w8 w9"], 5, repeats=2)
+    assert len(found["steps"]) == 2 * 4 and min(found["steps"]) > 0
 
 
 def test_what_counts_has_the_context_in_its_middle():
