@@ -170,7 +170,7 @@ template <class T>
 __attribute__((always_inline)) inline void fetch(const T* from, int64_t width) {
   const auto* bytes = reinterpret_cast<const char*>(from);
 #pragma GCC unroll 4
-  for (int64_t i = 0; i < width * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(bytes + i, 0, 2);
+  for (int64_t i = 0; i < width * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(bytes + i);
 }
 
 // The keys [begin, end) and their values, which begin `value_offset` behind them.
