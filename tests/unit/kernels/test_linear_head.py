@@ -204,7 +204,7 @@ def test_garbage_under_the_mask_changes_no_bit(garbage):
         hidden, weight, targets, tokens = problem(6)
         masked = tokens.loss_mask == 0
         if spoil:
-            arrays = {n: a for n, a in vars(tokens).items() if n not in ("loss_mask", "cu_seqlens")}
+            arrays = {n: a for n, a in vars(tokens).items() if n not in ("loss_mask", "cu_seqlens") and a is not None}
             soiled = {n: a.masked_fill(masked, garbage) for n, a in arrays.items()}
             tokens = PolicyTokens(loss_mask=tokens.loss_mask, **soiled)
             targets = targets.masked_fill(masked, -100)
