@@ -366,11 +366,17 @@ class Scheduler:
         return True
 
     def _give_up(self, live: list[int], sketch: _Sketch) -> None:
-        """Put the lane's youngest sequence back into the queue."""
+        """Put the lane's youngest sequence back into the queue.
+
+        Copies that it was to get in this forward are not made: what they were to hold lies where it lay.
+        """
         row = live.pop()
         request = self._requests[row]
+        held = self._table[row, : self._num_pages[row]].tolist()
+        sources = {copy.target: copy.source for copy in sketch.copies if copy.target in held}
+        sketch.copies = [copy for copy in sketch.copies if copy.target not in sources]
         if self._draws(row):
-            told = self._told(row)
+            told = self._told(row)._replace(pages=np.array([sources.get(page, page) for page in held], dtype=np.int32))
             sketch.given_up.append(told)
             request = replace(request, response=told.tokens[len(request.prompt) :], logprobs=told.logprobs)
         if self._feeders.get(request.prompt_number) == row:

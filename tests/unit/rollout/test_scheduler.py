@@ -275,6 +275,19 @@ def test_a_sample_that_began_on_anothers_forward_feeds_the_last_prompt_token_aga
     assert len(plan.copies) == 1 and lanes.pool.num_pages - lanes.pool.num_free == 1 + 2 + 2
 
 
+def test_a_copy_that_is_still_to_be_made_is_not_looked_into() -> None:
+    """Six pages of four: all three get a page of their own for the last prompt token, but one has none for the next."""
+    requests = [Request(sample, sample, 0, np.arange(5, 13), 6) for sample in range(3)]
+    lanes = scheduler(requests, num_pages=6, max_len=14, max_sequences=3, stop_tokens=(), with_drafts=True)
+    plan = lanes.plan(0)
+    prompt_pages = (plan.cache_rows[[0, 4]] // 4).tolist()
+    answer(lanes, 0, plan, [20, 30, 40], drafts=[21, 31, 41])
+    plan = lanes.plan(0)
+    (given_up,) = plan.given_up
+    assert given_up.tokens.tolist() == [*range(5, 13), 40] and given_up.pages.tolist() == prompt_pages
+    assert [copy.source for copy in plan.copies] == prompt_pages[1:], "only the other one's is made"
+
+
 def test_the_youngest_makes_room() -> None:
     """Six pages of four: three sequences of up to twelve tokens begin with one page each, and two of them can go on."""
     requests = [Request(n, n, n, np.full(3, 9), 9) for n in range(3)]
