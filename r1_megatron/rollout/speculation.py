@@ -117,6 +117,8 @@ class Acceptance:
     def metrics(self, num_tokens: int) -> dict[str, float]:
         """``num_tokens``: all that sequences took."""
         return {
+            "rollout/num_drafts": self.num_drafted,
+            "rollout/num_draws": self.num_draws,
             "rollout/draft_acceptance": self.num_accepted / max(self.num_drafted, 1),
             "rollout/tokens_per_draw": num_tokens / max(self.num_draws, 1),
         }

@@ -82,11 +82,14 @@ class Carry:
         first_steps = [*(group.first_step for group in self._groups), *(step for _ in new)]
         return StepGroups(prompts, first_steps, deal(self._groups, len(new), self._num_replicas), race)
 
-    def settle(self, groups: StepGroups, step: int) -> None:
-        """All groups of a step are sampled: the losers go on, but for those that would be too old."""
+    def settle(self, groups: StepGroups, step: int) -> int:
+        """All groups of a step are sampled: the losers go on, but for those that would be too old.
+
+        Answers how many tokens of this replica are thrown away with these.
+        """
         race = groups.race
         if race is None:
-            return
+            return 0
         winners = set(race.winners)
         losers = [
             Unfinished(prompt.index, first_step, replica)
@@ -107,6 +110,7 @@ class Carry:
         }
         if race.keeps_rest:
             self.metrics["rollout/expired_groups"] = float(num_expired)
+        return sum(sequence.num_response for sequence in race.rest if sequence.prompt_index not in kept)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint; the sequences are files of their own."""

@@ -57,7 +57,7 @@ def run(cfg: RunConfig) -> None:
                 with run.log.clock("rollout"):
                     groups = carry.start(prompts, step)
                     rollouts = generate(run, groups)
-                    carry.settle(groups, step)
+                    report.num_expired_tokens = carry.settle(groups, step)
             except RolloutStopped as stopped:
                 prompts.restore(before)
                 run.checkpoints.save_in_rollout(stopped.rollouts)

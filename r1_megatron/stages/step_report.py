@@ -14,6 +14,10 @@ from r1_megatron.stages.setup import Run
 from r1_megatron.telemetry.metrics import Metrics
 from r1_megatron.types import GradedGroup, StepResult, TrainSample
 
+# What replicas add up of what their engines say, by how it ends, and what a mean is of. Of the rest the largest counts.
+_SUMMED = ("num_tokens", "per_s", "preemptions", "num_drafts", "num_draws")
+_PER = {"rollout/draft_acceptance": "rollout/num_drafts", "rollout/tokens_per_draw": "rollout/num_draws"}
+
 
 @dataclass(frozen=True)
 class Minibatch:
@@ -34,6 +38,7 @@ class StepReport:
         self._run = run
         self.num_dropped = 0
         self.num_failed = 0
+        self.num_expired_tokens = 0
         self.errors: tuple[str, ...] = ()
 
     def metrics(
@@ -91,11 +96,14 @@ class StepReport:
         mine.sum("rl/dropped_groups", self.num_dropped)
         mine.sum("reward/failed", self.num_failed)
         mine.sum("perf/total_num_tokens", sum(len(rollout.tokens) for rollout in rollouts))
-        for name, value in self._run.engine.metrics.items():
-            if name.endswith(("draft_acceptance", "per_draw")):
-                mine.mean(name, value)
+        engine = self._run.engine.metrics
+        for name, value in engine.items():
+            if name in _PER:
+                mine.mean(name, value, weight=engine[_PER[name]])
             else:
-                (mine.sum if name.endswith(("num_tokens", "per_s", "preemptions")) else mine.max)(name, value)
+                (mine.sum if name.endswith(_SUMMED) else mine.max)(name, value)
+        if self.num_expired_tokens:
+            mine.sum("rollout/cancelled_num_tokens", self.num_expired_tokens)
 
     @staticmethod
     def _of_samples(mine: Metrics, samples: Sequence[TrainSample]) -> None:

@@ -32,7 +32,7 @@ Names, where other trainers' dashboards have one, are theirs:
 ``rollout/{carried,cancelled,expired}_groups``  with over-sampling, groups that go on in the next step; that are thrown
                                                 away; of the latter those that have gone on for too long
 ``rollout/finish_length``                       tokens of this step in the longest sample that is learned from
-``rollout/cancelled_num_tokens``                tokens that were drawn in vain
+``rollout/cancelled_num_tokens``                tokens thrown away in this step, all those of expired groups included
 ``rollout/stale_tokens_fraction``               of the response tokens that are learned from, those that earlier
                                                 versions of the policy drew; ``staleness_max``: how many versions ago
 ``rollout/*``                                   what the engine says of itself: tokens, forwards, seconds, cache bytes

@@ -258,7 +258,12 @@ def test_right_drafts_halve_the_forwards() -> None:
     driver.run()
     assert (lanes.num_steps, driver.count["fed"]) == (6, 3 + 4 * 2 + 1)
     assert (driver.acceptance.num_drafted, driver.acceptance.num_draws) == (4, 6)
-    assert driver.acceptance.metrics(10) == {"rollout/draft_acceptance": 1.0, "rollout/tokens_per_draw": 10 / 6}
+    assert driver.acceptance.metrics(10) == {
+        "rollout/num_drafts": 4,
+        "rollout/num_draws": 6,
+        "rollout/draft_acceptance": 1.0,
+        "rollout/tokens_per_draw": 10 / 6,
+    }
 
 
 def test_a_sample_that_began_on_anothers_forward_feeds_the_last_prompt_token_again() -> None:

@@ -41,7 +41,7 @@ def test_three_steps() -> None:
     race(groups, losers={1, 2, 5})
     assert groups.blocks(2, replica=0) == [[stream.at(0)], [stream.at(4), stream.at(6)]]
     assert groups.blocks(2, replica=1) == [[stream.at(3)], []]
-    carry.settle(groups, step=1)
+    assert carry.settle(groups, step=1) == 0
     assert sorted(sequence.prompt_index for sequence in carry.sequences) == [1, 2, 5]
     assert all(sequence.num_carried == 2 and sequence.num_drawn == 0 for sequence in carry.sequences)
 
@@ -53,7 +53,8 @@ def test_three_steps() -> None:
     groups = carry.start(stream, step=3)
     assert indices(groups) == [1, 7, 8, 11, 12, 13, 14] and stream.position == 15
     race(groups, losers={1, 8, 14})
-    carry.settle(groups, step=3)  # group 1 has gone on in steps 2 and 3
+    # Group 1 has gone on in steps 2 and 3, and its sample has two tokens.
+    assert carry.settle(groups, step=3) == 2
     assert carry.metrics["rollout/expired_groups"] == 1 and carry.metrics["rollout/carried_groups"] == 2
     assert indices(carry.start(stream, step=4)) == [8, 14, 15, 16, 17, 18, 19]
     assert {sequence.prompt_index for sequence in carry.sequences} == {8, 14}
