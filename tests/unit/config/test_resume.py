@@ -23,10 +23,10 @@ def test_layout_length_and_speed_may_change() -> None:
         name="again",
         output_dir="elsewhere",
         parallel=replace(RUN.parallel, tensor_model_parallel_size=8, pipeline_model_parallel_size=2),
-        train=replace(RUN.train, steps=9999, micro_batch_tokens=1, recompute_granularity="full"),
+        train=replace(RUN.train, steps=9999, micro_batch_tokens=1, share_prompts=False, recompute_granularity="full"),
         checkpoint=replace(RUN.checkpoint, interval=7, keep_last=3),
         evaluate=replace(RUN.evaluate, interval=5),
-        rollout=replace(RUN.rollout, max_sequences=7, speculative_tokens=1),
+        rollout=replace(RUN.rollout, max_sequences=7, speculative_tokens=1, cuda_graphs=False),
         profile=replace(RUN.profile, steps=(3,)),
     )
     assert changed_course(dump_config(RUN), changed) == []
