@@ -135,15 +135,18 @@ def _cut(outlines: Sequence[Outline], family: Sequence[int], parts: int, budget:
         return [_Unit((family[0],), 0, (outlines[family[0]].length,))]
     shared = outlines[family[1]].shared
     rest = {i: outlines[i].length - shared for i in family}
-    for count in range(min(parts, len(family)), len(family) + 1):
-        members: list[list[int]] = [[] for _ in range(count)]
+    together = [i for i in family if outlines[i].length <= budget]  # a longer one has its microbatch to itself
+    members: list[list[int]] = []
+    for count in range(min(parts, len(together)), len(together) + 1):
+        members = [[] for _ in range(count)]
         sizes = [shared] * count
-        for i in sorted(family, key=lambda i: (-rest[i], i)):
+        for i in sorted(together, key=lambda i: (-rest[i], i)):
             place = min(range(count), key=sizes.__getitem__)
             members[place].append(i)
             sizes[place] += rest[i]
-        if max(sizes) <= budget or count == len(family):
+        if max(sizes, default=0) <= budget:
             break
+    members += [[i] for i in family if outlines[i].length > budget]
     return [
         _Unit(tuple(part), shared, tuple(rest[i] for i in part))
         if len(part) > 1

@@ -114,6 +114,9 @@ def test_known_answers() -> None:
     # The budget cuts: 30 + 4 * 20 tokens do not fit into 80.
     plans, shared = plan_families(group(30, 20, 20, 20, 20), work, max_tokens=80)
     assert plans == [[[0, 2], [1, 3]]] and shared == [[[0, 30], [0, 30]]]
+    # A sample that is longer than the budget stands alone, and the others are together.
+    plans, shared = plan_families(group(30, 20, 90, 20, 20), work, max_tokens=100)
+    assert plans == [[[1], [0, 2, 3]]] and shared == [[[0], [0, 30, 30]]]
     # One group, two ranks: each computes the prompt, for half of the samples.
     plans, shared = plan_families(group(20, *[100] * 8), work, max_tokens=2048, num_ranks=2)
     assert [len(plan[0]) for plan in plans] == [4, 4] and shared == [[[0, 20, 20, 20]]] * 2
