@@ -9,6 +9,7 @@ width. Keys and values may have fewer heads (G, a divisor of N): each serves N /
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 # Rows behind a beginning that are attended at once: their mask is materialised, this many rows by all keys.
 _MASKED_ROWS = 512
+# Elements: where a row of a mask may begin. PyTorch's kernel on CUDA refuses other places within a larger mask, and
+# copies a mask whose rows are as far apart as is no multiple of it.
+_MASK_ALIGNMENT = 16
 
 
 def causal_attention(
@@ -57,16 +61,19 @@ def packed_causal_attention(
     ``starts``: the position of each piece's first token, as `MicroBatch.starts`; ``None``: all 0.
     """
     starts = [0] * len(lengths) if starts is None else starts
-    mask = _mask_behind(lengths, starts, q_TNK) if any(starts) else None
     parts = (x_TNC.transpose(0, 1)[None].split(list(lengths), dim=2) for x_TNC in (q_TNK, k_TGK, v_TGV))
     outputs = []
     beginning: tuple[torch.Tensor, torch.Tensor] | None = None
-    for start, q, k, v in zip(starts, *parts):
+    mask: torch.Tensor | None = None
+    for i, (start, q, k, v) in enumerate(zip(starts, *parts)):
         if start == 0:
-            beginning = k, v
+            beginning, mask = (k, v), None
             outputs.append(causal_attention(q, k, v, scale))
         else:
-            assert beginning is not None and mask is not None and beginning[0].shape[2] == start, (lengths, starts)
+            assert beginning is not None and beginning[0].shape[2] == start, (lengths, starts)
+            if mask is None:
+                family = itertools.takewhile(lambda piece: piece[0] > 0, zip(starts[i:], lengths[i:]))
+                mask = _mask_behind(start, max(length for _, length in family), q)
             keys, values = (torch.cat(both, dim=2) for both in zip(beginning, (k, v)))
             outputs += _attention_behind(q, keys, values, mask, scale)
     return torch.cat([output[0].transpose(0, 1) for output in outputs])
@@ -75,19 +82,24 @@ def packed_causal_attention(
 def _attention_behind(q_1NSK, k_1GSK, v_1GSV, mask_RS: torch.Tensor, scale: float) -> list[torch.Tensor]:
     """The last rows of longer sequences of keys and values, R of them at a time, so that masks stay small."""
     start, outputs = k_1GSK.shape[2] - q_1NSK.shape[2], []
+    before = mask_RS.shape[1] - mask_RS.shape[0]
     for q in q_1NSK.split(mask_RS.shape[0], dim=2):
-        start += (rows := q.shape[2])
-        mask = mask_RS[mask_RS.shape[0] - rows :, mask_RS.shape[1] - start :]
+        rows = q.shape[2]
+        mask = mask_RS[:rows, before - start : before + rows]
+        start += rows
         outputs.append(causal_attention(q, k_1GSK[:, :, :start], v_1GSV[:, :, :start], scale, mask))
     return outputs
 
 
-def _mask_behind(lengths: Sequence[int], starts: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """``[R, S]``, of which any lower right corner is the causal mask of the last rows of a sequence."""
-    behind = [(length, start) for length, start in zip(lengths, starts) if start]
-    rows = min(_MASKED_ROWS, max(length for length, _ in behind))
-    columns = max(length + start for length, start in behind)
-    return like.new_full((rows, columns), -torch.inf).triu(columns - rows + 1)
+def _mask_behind(start: int, length: int, like: torch.Tensor) -> torch.Tensor:
+    """``[R, S]``, the causal mask of the last R of S rows, for pieces of ``length`` at most behind ``start`` rows.
+
+    Every R rows of such a piece find theirs in it, whole multiples of R further right.
+    """
+    rows = min(_MASKED_ROWS, length)
+    before = start + (length - 1) // rows * rows
+    columns = -(-(before + rows) // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
+    return like.new_full((rows, columns), -torch.inf).triu(before + 1)[:, : before + rows]
 
 
 def packed_lengths(packed: PackedSeqParams) -> tuple[int, ...]:

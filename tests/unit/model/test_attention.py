@@ -63,6 +63,25 @@ def test_pieces_go_on_behind_a_beginning(groups: int, monkeypatch: pytest.Monkey
         torch.testing.assert_close(a, b)
 
 
+def test_masks_lie_where_the_kernel_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and the first element at multiples of 8 elements: otherwise PyTorch's kernel on CUDA copies the mask, or
+    raises "attn_bias_ptr is not correctly aligned". Prompts may end anywhere."""
+    monkeypatch.setattr(attention, "_MASKED_ROWS", 32)
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watch(*inputs: torch.Tensor, attn_mask: torch.Tensor | None, **options):
+        if attn_mask is not None:
+            masks.append((attn_mask.storage_offset(), *attn_mask.stride()))
+        return attend(*inputs, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    lengths, starts = (5, 70, 3, 59, 11, 13, 9), (0, 5, 5, 5, 0, 11, 11)
+    x_TNK = torch.randn(sum(lengths), 2, 8)
+    packed_causal_attention(x_TNK, x_TNK, x_TNK, lengths, 0.3, starts)
+    assert len(masks) == 3 + 1 + 2 + 1 + 1
+    assert all(offset % 8 == 0 and row % 8 == 0 and column == 1 for offset, row, column in masks)
+
+
 def test_halves_turn_as_complex_numbers() -> None:
     x = torch.randn(7, 3, 8, dtype=torch.float64)
     angle = torch.randn(7, 1, 4, dtype=torch.float64)
