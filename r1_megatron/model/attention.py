@@ -75,6 +75,8 @@ def packed_causal_attention(
                 family = itertools.takewhile(lambda piece: piece[0] > 0, zip(starts[i:], lengths[i:]))
                 mask = _mask_behind(start, max(length for _, length in family), q)
             keys, values = (torch.cat(both, dim=2) for both in zip(beginning, (k, v)))
+            if q.is_cuda and k.shape[1] != q.shape[1]:  # no fused kernel there has both a mask and grouped queries
+                keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values))
             outputs += _attention_behind(q, keys, values, mask, scale)
     return torch.cat([output[0].transpose(0, 1) for output in outputs])
 
