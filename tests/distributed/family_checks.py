@@ -12,9 +12,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from r1_megatron.config.schema import ModelConfig, TrainConfig
+from r1_megatron.config.schema import ModelConfig, RLConfig, TrainConfig
 from r1_megatron.model.parameters import global_parameters
 from r1_megatron.model.routing import all_routers
+from r1_megatron.train.objectives import Objective, PolicyObjective
 from r1_megatron.train.policy import Policy
 from r1_megatron.train.step import train_step
 from r1_megatron.types import TrainSample
@@ -73,12 +74,31 @@ def family_students(bench: Bench) -> Answer:
     return {name: _gap(bench, VARIANTS[name], samples) for name in ("llama", "qwen3", "long_qwen3")}
 
 
-def _gap(bench: Bench, model: ModelConfig, samples: Sequence[TrainSample]) -> Answer:
+def family_objectives(bench: Bench) -> Answer:
+    """The losses of reinforcement learning with and without shared prompts: GSPO takes means over sequences, and an
+    earlier policy drew some of the tokens of some samples."""
+    rng, samples = np.random.default_rng(5), []
+    for i, sample in enumerate(family_samples(bench)):
+        arrays = rng.normal(-5.0, 0.3, (4, len(sample.tokens))).astype(np.float32)
+        names = ("advantages", "behaviour_logprobs", "old_logprobs", "reference_logprobs")
+        stale = (i % 2) * (rng.random(len(sample.tokens)) < 0.5)
+        weights = np.abs(sample.weights)
+        samples.append(replace(sample, stale=stale.astype(np.float32), weights=weights, **dict(zip(names, arrays))))
+    answers = {}
+    for name in ("ppo", "gspo"):
+        rl = RLConfig(policy_loss=name, kl_coef=0.05, entropy_coef=0.01, tis_cap=1.2)
+        answers[name] = _gap(bench, TINY, bench.mine(samples), PolicyObjective(rl, temperature=0.7))
+    return answers
+
+
+def _gap(
+    bench: Bench, model: ModelConfig, samples: Sequence[TrainSample], objective: Objective = WEIGHTED_NLL
+) -> Answer:
     found = []
     for shares in (True, False):
         policy = bench.random_policy(bench.config(replace(model, init_method_std=0.1), train(shares)))
         batch = policy.pack(samples, 1)
-        loss = backward(policy, batch)
+        loss = backward(policy, batch, objective)
         parameters = [p for chunk in policy.chunks for p in global_parameters(chunk, bench.groups)]
         found.append((loss, {p.name: p.tensor.main_grad.clone() for p in parameters}))
     (loss, shared), (expected, alone) = found
@@ -121,4 +141,4 @@ def family_samples(bench: Bench, columns: Sequence[int] | None = None) -> list[T
     return [replace(sample, prompt_len=length) for sample, length in zip(samples, batch["prompt_lens"])]
 
 
-CHECKS = (family_gradients, family_mtp, family_replay, family_logprobs, family_bias, family_students)
+CHECKS = (family_gradients, family_mtp, family_replay, family_logprobs, family_bias, family_students, family_objectives)

@@ -54,6 +54,7 @@ PLAN = {
         "family_logprobs",
         "family_bias",
         "family_students",
+        "family_objectives",
         "offload",
         "gradients",
         "host_reads",

@@ -175,6 +175,12 @@ def test_students_compute_a_prompt_once(measured: Measured, layout: str) -> None
         assert_exact(list(answer.values()))
 
 
+@layouts("family_objectives")
+def test_objectives_do_not_see_that_a_prompt_is_computed_once(measured: Measured, layout: str) -> None:
+    for answer in measured(layout, "family_objectives"):
+        assert_exact(list(answer.values()))
+
+
 @layouts("logprobs")
 def test_logprobs_of_policy_and_reference(measured: Measured, layout: str) -> None:
     """At temperature 0.7; the policy is bit-unchanged after another's weights were swapped in and out."""
