@@ -118,8 +118,11 @@ def test_known_answers() -> None:
     plans, shared = plan_families(group(30, 20, 90, 20, 20), work, max_tokens=100)
     assert plans == [[[1], [0, 2, 3]]] and shared == [[[0], [0, 30, 30]]]
     # One group, two ranks: each computes the prompt, for half of the samples.
-    plans, shared = plan_families(group(20, *[100] * 8), work, max_tokens=2048, num_ranks=2)
-    assert [len(plan[0]) for plan in plans] == [4, 4] and shared == [[[0, 20, 20, 20]]] * 2
+    plans, shared = plan_families(group(40, *[60] * 8), work, max_tokens=2048, num_ranks=2)
+    assert [len(plan[0]) for plan in plans] == [4, 4] and shared == [[[0, 40, 40, 40]]] * 2
+    # Attention is nearly everything and the prompt next to nothing: a mask would cost more than it saves.
+    plans, shared = plan_families(group(4, 4000, 4000), work, max_tokens=10**4)
+    assert shared == [[[0, 0]]]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 8])
