@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from r1_megatron.model.drafting import DraftWalk, drafting_layer
-from r1_megatron.model.generation import StepContext
+from r1_megatron.model.generation import StepContext, on_device
 from r1_megatron.model.walk import Walk, can_walk
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rollout.sampler import Draw
@@ -71,7 +71,7 @@ class Drafting:
         rows = self._walk(hidden, self._following(step.num_rows, plan, drawn), step)
         if drawn is None:
             return None
-        table = torch.from_numpy(np.stack([plan.sampled_rows, plan.keys, plan.sample_positions + 1])).to(self._device)
+        table = on_device(np.stack([plan.sampled_rows, plan.keys, plan.sample_positions + 1]), self._device)
         drafts = self._sample(rows[table[0]], table[1], table[2])
         return torch.cat([drawn, drafts.tokens_B[:, None].double()], 1)
 
@@ -79,7 +79,7 @@ class Drafting:
         """int64 ``[T]``: the token behind each row's, known or just drawn; 0 behind padding."""
         padded = np.zeros(num_rows, dtype=np.int64)
         padded[: len(plan.following)] = plan.following
-        following = torch.from_numpy(padded).to(self._device)
+        following = on_device(padded, self._device)
         if drawn is None:
             return following
         return torch.where(following < 0, drawn[:, 0].long()[(~following).clamp_(min=0)], following)
