@@ -191,7 +191,7 @@ class RolloutConfig:
     # completions.
     unfinished: Literal["continue", "drop"] = "continue"
     # Steps that a group may go on after the one that began it; older ones are thrown away. null: until they are done.
-    max_staleness: int | None = 8
+    max_carry_steps: int | None = 8
     max_sequences: int = 256
     # Tokens that the cache of a data-parallel rank holds (rounded up to pages; samples of a prompt share its pages).
     # Sequences that do not fit wait, or give up their place for a while. null: max_sequences of full length.

@@ -94,7 +94,7 @@ _AT_LEAST_ONE = {
 }
 _AT_LEAST_ONE_OR_NULL = {
     "model": ("q_lora_rank", "num_query_groups", "head_dim", "moe_router_num_groups", "moe_router_group_topk"),
-    "rollout": ("cache_tokens", "pipeline_groups", "max_staleness"),
+    "rollout": ("cache_tokens", "pipeline_groups", "max_carry_steps"),
     "rl": ("reference_refresh_steps",),
     "train": ("lr_decay_steps", "micro_batch_tokens", "recompute_num_layers"),
     "checkpoint": ("keep_last",),
@@ -216,7 +216,7 @@ def _over_sampling(cfg: RunConfig) -> Iterator[str]:
             "Set it to 0."
         )
     if r.over_sampling_prompts == 0:
-        for name in ("unfinished", "max_staleness"):
+        for name in ("unfinished", "max_carry_steps"):
             value = getattr(r, name)
             if value != getattr(defaults, name):
                 yield (
@@ -224,10 +224,10 @@ def _over_sampling(cfg: RunConfig) -> Iterator[str]:
                     "rollout.over_sampling_prompts=0 every step waits for all of its groups. Set the latter above 0, "
                     f"or rollout.{name}={_yaml(getattr(defaults, name))}."
                 )
-    elif r.unfinished == "drop" and r.max_staleness != defaults.max_staleness:
+    elif r.unfinished == "drop" and r.max_carry_steps != defaults.max_carry_steps:
         yield (
-            f"rollout.max_staleness={_yaml(r.max_staleness)} bounds how long groups go on, and rollout.unfinished=drop "
-            f"lets none. Set rollout.unfinished=continue, or rollout.max_staleness={_yaml(defaults.max_staleness)}."
+            f"rollout.max_carry_steps={_yaml(r.max_carry_steps)} bounds how long groups go on, and rollout.unfinished=drop "
+            f"lets none. Set rollout.unfinished=continue, or rollout.max_carry_steps={_yaml(defaults.max_carry_steps)}."
         )
 
 

@@ -96,7 +96,7 @@ class Carry:
             for prompt, first_step, replica in zip(groups.prompts, groups.first_steps, groups.replicas)
             if prompt.index not in winners
         ]
-        limit = self._cfg.max_staleness
+        limit = self._cfg.max_carry_steps
         self._groups = [g for g in losers if limit is None or step + 1 - g.first_step <= limit]
         num_expired = len(losers) - len(self._groups)
         if not race.keeps_rest:

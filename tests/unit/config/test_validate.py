@@ -47,13 +47,19 @@ CASES = [
     (["train.bf16=true"], r"rl.probs_diff_limit=0.001 would stop a bf16 run at once"),
     # over-sampling
     (["rollout.over_sampling_prompts=-1"], r"rollout.over_sampling_prompts=-1 has to be at least 0"),
-    (["rollout.over_sampling_prompts=4", "rollout.max_staleness=0"], r"max_staleness=0 has to be null or at least 1"),
+    (
+        ["rollout.over_sampling_prompts=4", "rollout.max_carry_steps=0"],
+        r"max_carry_steps=0 has to be null or at least 1",
+    ),
     (["rollout.over_sampling_prompts=4", "stage=sft"], r"over_sampling_prompts=4: stage=sft samples nothing"),
     (["rollout.unfinished=drop"], r"unfinished=drop says .* Set the latter above 0, or rollout.unfinished=continue"),
-    (["rollout.max_staleness=null"], r"rollout.max_staleness=null says what becomes of .* or rollout.max_staleness=8"),
     (
-        ["rollout={over_sampling_prompts: 4, unfinished: drop, max_staleness: 2}"],
-        r"rollout.max_staleness=2 bounds how long groups go on, and rollout.unfinished=drop lets none",
+        ["rollout.max_carry_steps=null"],
+        r"rollout.max_carry_steps=null says what becomes of .* or rollout.max_carry_steps=8",
+    ),
+    (
+        ["rollout={over_sampling_prompts: 4, unfinished: drop, max_carry_steps: 2}"],
+        r"rollout.max_carry_steps=2 bounds how long groups go on, and rollout.unfinished=drop lets none",
     ),
     # profiles
     (["profile.steps=[1,900]"], r"profile.steps: \[900\] are not among the steps of the run, 1 to train.steps\(100\)"),

@@ -15,7 +15,7 @@ from r1_megatron.stages.carry import Carry, StepGroups, Unfinished, deal
 from r1_megatron.types import Prompt
 
 PROMPTS = [Prompt(index=i, text=f"{i}", tokens=(i + 1,)) for i in range(7)]
-CFG = RolloutConfig(prompts_per_step=4, over_sampling_prompts=3, max_staleness=2)
+CFG = RolloutConfig(prompts_per_step=4, over_sampling_prompts=3, max_carry_steps=2)
 
 
 def begun(index: int, num_response: int = 2) -> InFlight:
