@@ -226,8 +226,9 @@ def _over_sampling(cfg: RunConfig) -> Iterator[str]:
                 )
     elif r.unfinished == "drop" and r.max_carry_steps != defaults.max_carry_steps:
         yield (
-            f"rollout.max_carry_steps={_yaml(r.max_carry_steps)} bounds how long groups go on, and rollout.unfinished=drop "
-            f"lets none. Set rollout.unfinished=continue, or rollout.max_carry_steps={_yaml(defaults.max_carry_steps)}."
+            f"rollout.max_carry_steps={_yaml(r.max_carry_steps)} bounds how long groups go on, and "
+            f"rollout.unfinished=drop lets none. Set rollout.unfinished=continue, or "
+            f"rollout.max_carry_steps={_yaml(defaults.max_carry_steps)}."
         )
 
 
