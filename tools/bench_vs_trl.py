@@ -1,7 +1,7 @@
 """r1_megatron against TRL's ``GRPOTrainer`` and Transformers' ``generate``, on this CPU, in the same run.
 
     python tools/bench_vs_trl.py                                # everything, 12 minutes on 2 cores
-    python tools/bench_vs_trl.py --only rollout --rounds 1      # one of: rollout, train, scaling
+    python tools/bench_vs_trl.py --only rollout --rounds 1      # one of: rollout, train, scaling, options
     python tools/bench_vs_trl.py --peer-python /path/to/venv/bin/python    # where TRL is, if not here
 
 Both sides get the same random DeepSeek-V3-style model (the preset ``bench_256``), the same prompts, numbers of samples,
@@ -15,6 +15,7 @@ counts, and each side's best layout.
   tokens/s are the step's prompt and completion tokens, padding not counted, over all of the step that is not rollout
   and reward. Memory is the largest sum over all processes of their proportional set sizes (Linux's PSS).
 * scaling: the same steps of ours on one rank with one thread and on two ranks with one thread each.
+* options: the same steps of ours under DP2 with single options the other way than by default.
 
 Before anything is timed, the two sides' log-probabilities of sampled tokens are compared.
 """
@@ -44,7 +45,7 @@ from tools.rl_workload import Workload, write_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = 2
-PARTS = ("rollout", "train", "scaling")
+PARTS = ("rollout", "train", "scaling", "options")
 # Of log-probabilities in fp32: rollout against training, and both sides against each other.
 DIFFERENCE_LIMIT = 1e-4
 # Of every process: steps or calls of one candidate in one round.
@@ -72,6 +73,14 @@ LAYOUTS = {
     "rollout": (ONE_RANK, DP2),
     "train": (ONE_RANK, DP2, EP2, TP2, PP2),
     "scaling": (ONE_THREAD, DP2, EP2, TP2, PP2),
+}
+
+
+# Options of a run that are not its default ones, by section.
+OPTIONS = {
+    "train.share_prompts: false": {"train": {"share_prompts": False}},
+    "rollout.router_replay: false": {"rollout": {"router_replay": False}, "rl": {"probs_diff_limit": None}},
+    "train.bf16: true": {"train": {"bf16": True}, "rl": {"probs_diff_limit": None}},
 }
 
 
@@ -171,10 +180,14 @@ class Bench:
             "telemetry": {"tensorboard": False, "report": "none", "num_samples": 0},
         }
 
-    def write_config(self, layout: Layout, model: str, new_tokens: int) -> Path:
+    def write_config(
+        self, layout: Layout, model: str, new_tokens: int, options: dict[str, dict[str, Any]] | None = None
+    ) -> Path:
         number = len(list(self.folder.glob("run_*.yaml")))
         config = self.config(layout, model, number)
         config["sampling"]["max_new_tokens"] = new_tokens
+        for section, values in (options or {}).items():
+            config[section].update(values)
         path = self.folder / f"run_{number}.yaml"
         path.write_text(yaml.safe_dump(config))
         return path
@@ -194,22 +207,23 @@ class Bench:
         watched(command, environment(layout.threads))
         return json.loads(result.read_text())
 
-    def our_steps(self, layout: Layout) -> None:
+    def our_steps(self, layout: Layout, option: str = "") -> None:
         """``r1-megatron train``; the figures of its measured steps."""
-        file = self.write_config(layout, "full", self.workload.new_tokens)
+        name = option or layout.name
+        file = self.write_config(layout, "full", self.workload.new_tokens, OPTIONS.get(option))
         command = [sys.executable, "-m", "r1_megatron.cli", "train", str(file)]
         memory = watched(command, environment(layout.threads))
         metrics = (file.with_suffix("") / "metrics.jsonl").read_text().splitlines()
         for row in map(json.loads, metrics[WARM_UP_STEPS:]):
             train = row["timing_s/step"] - row["timing_s/rollout"] - row["timing_s/reward"]
             self.note(
-                layout.name,
+                name,
                 step=row["timing_s/step"],
                 rollout=row["rollout/num_tokens"] / row["timing_s/rollout"],
                 train=row["perf/total_num_tokens"] / train,
-                replayed=row["training/rollout_logprobs_diff_max"],
+                **{"difference" if option else "replayed": row["training/rollout_logprobs_diff_max"]},
             )
-        self.note(layout.name, memory=memory)
+        self.note(name, memory=memory)
 
     # --------------------------------------------------------------------------------------------------- their side
 
@@ -274,8 +288,12 @@ class Bench:
     def step_round(self, parts: Sequence[str]) -> None:
         """GRPO steps of every layout that the parts ask for, and of TRL if they are compared."""
         layouts = {layout.name: layout for part in parts if part in ("train", "scaling") for layout in LAYOUTS[part]}
+        if "options" in parts:
+            layouts |= {DP2.name: DP2}
         for layout in layouts.values():
             self.our_steps(layout)
+        for option in OPTIONS if "options" in parts else ():
+            self.our_steps(DP2, option)
         for trainer in TRAINERS if "train" in parts else ():
             self.peer_steps(trainer)
 
@@ -398,6 +416,8 @@ def report(bench: Bench, parts: Sequence[str]) -> list[Goal]:
     goals = bench.show_rollout() if "rollout" in parts else []
     if "scaling" in parts:
         bench.show_steps([layout.name for layout in LAYOUTS["scaling"]], "scaling: GRPO steps, ours, 1 thread a rank")
+    if "options" in parts:
+        bench.show_steps([DP2.name, *OPTIONS], "options: GRPO steps of DP2, by default and otherwise")
     if "train" in parts:
         names = [each.name for each in (*TRAINERS, *LAYOUTS["train"])]
         bench.show_steps(names, f"GRPO steps of {bench.workload.num_completions} completions")

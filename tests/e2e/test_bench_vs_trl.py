@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from r1_megatron.config.load import load_config
+from r1_megatron.config.schema import RunConfig
+from r1_megatron.config.validate import check_config
 from tools import trl_side
-from tools.bench_vs_trl import EP2, ONE_RANK, Bench, Goal, report, require_peer
+from tools.bench_vs_trl import EP2, ONE_RANK, OPTIONS, Bench, Goal, report, require_peer
 from tools.rl_model import CHANNEL, END_WEIGHT
 from tools.rl_workload import Workload, read_prompts, reward
 
@@ -41,6 +44,14 @@ def test_a_step_of_ours_is_read_from_its_metrics(bench):
     assert all(len(figures[name]) == 2 and min(figures[name]) > 0 for name in ("step", "rollout", "train"))
     assert max(figures["replayed"]) < 1e-4
     assert figures["memory"][0] > 100e6  # a rank that has imported torch
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_makes_a_valid_run_of_its_own(bench, option):
+    cfg = load_config(bench.write_config(ONE_RANK, "full", TINY.new_tokens, OPTIONS[option]))
+    check_config(cfg)
+    ((section, (name, value)),) = ((k, *v.items()) for k, v in OPTIONS[option].items() if k != "rl")
+    assert getattr(getattr(cfg, section), name) == value != getattr(getattr(RunConfig(), section), name)
 
 
 def test_the_end_token_alone_reads_its_channel(bench):
