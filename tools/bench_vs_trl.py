@@ -1,6 +1,6 @@
 """r1_megatron against TRL's ``GRPOTrainer`` and Transformers' ``generate``, on this CPU, in the same run.
 
-    python tools/bench_vs_trl.py                                # everything, 12 minutes on 2 cores
+    python tools/bench_vs_trl.py                                # everything, 9 minutes on 2 cores
     python tools/bench_vs_trl.py --only rollout --rounds 1      # one of: rollout, train, scaling, options
     python tools/bench_vs_trl.py --peer-python /path/to/venv/bin/python    # where TRL is, if not here
 

@@ -11,8 +11,6 @@ the prompts in it, does not count. Prompts are so long that the mean context of 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -24,12 +22,10 @@ import numpy as np
 
 from r1_megatron.config.load import load_config
 from r1_megatron.config.schema import RunConfig
-from r1_megatron.parallel.launch import launch
-from r1_megatron.parallel.rank import adopt_rank, run_as_rank
 from r1_megatron.stages.setup import Run, open_run
 from r1_megatron.telemetry.peak import measure_peak_tflops
-from r1_megatron.topology import Topology
 from r1_megatron.types import Prompt
+from tools.ranks import measure_on_ranks
 
 # Steps between two looks at the clock.
 SEGMENT = 16
@@ -81,19 +77,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     cfg = load_config(arguments.file)
-    if not adopt_rank():
-        world_size = Topology.from_config(cfg.parallel).world_size
-        ended = launch([sys.executable, *sys.argv], world_size, log_dir=Path(cfg.output_dir) / "logs")
-        if ended.failure:
-            print(ended.failure.message(), file=sys.stderr)
-        return ended.exit_code
-
-    def body() -> None:
-        found = measure(cfg, arguments.contexts, arguments.samples, arguments.segments, arguments.repeats)
-        if os.environ["RANK"] == "0":
-            arguments.result.write_text(json.dumps(found))
-
-    return run_as_rank(body)
+    options = arguments.contexts, arguments.samples, arguments.segments, arguments.repeats
+    return measure_on_ranks(cfg, arguments.result, lambda: measure(cfg, *options))
 
 
 if __name__ == "__main__":

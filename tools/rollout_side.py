@@ -13,8 +13,6 @@ the router that rounding decides.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,11 +28,9 @@ import torch.distributed as dist
 
 from r1_megatron.config.load import load_config
 from r1_megatron.config.schema import RunConfig
-from r1_megatron.parallel.launch import launch
-from r1_megatron.parallel.rank import adopt_rank, run_as_rank
 from r1_megatron.stages.setup import Run, open_run
-from r1_megatron.topology import Topology
 from r1_megatron.types import Rollout, TrainSample
+from tools.ranks import measure_on_ranks
 
 WARM_UP_TOKENS = 8
 _NUM_SHOWN = 4
@@ -98,19 +94,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=1)
     arguments = parser.parse_args()
     cfg = load_config(arguments.file)
-    if not adopt_rank():
-        world_size = Topology.from_config(cfg.parallel).world_size
-        ended = launch([sys.executable, *sys.argv], world_size, log_dir=Path(cfg.output_dir) / "logs")
-        if ended.failure:
-            print(ended.failure.message(), file=sys.stderr)
-        return ended.exit_code
-
-    def body() -> None:
-        found = measure(cfg, arguments.repeats)
-        if os.environ["RANK"] == "0":
-            arguments.result.write_text(json.dumps(found))
-
-    return run_as_rank(body)
+    return measure_on_ranks(cfg, arguments.result, lambda: measure(cfg, arguments.repeats))
 
 
 if __name__ == "__main__":
