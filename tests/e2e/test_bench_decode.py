@@ -50,6 +50,7 @@ def test_operations_are_those_of_absorbed_attention(decode):
 
 
 def test_growth_is_judged():
-    assert cells("ours", [1.0, 1.2], 1.1)[1:] == ["1000.00", "1200.00", "+20%", "+10%", "< 15%", "NO"]
-    assert cells("ours", [1.0, 1.1], 1.05)[-1] == "yes"
-    assert cells("theirs", [1.0, 3.0], None)[-4:] == ["+200%", "", "", ""]
+    assert cells("ours", [1.0, 1.2], 1.1, True)[1:] == ["1000.00", "1200.00", "+20%", "+10%", "< 15%", "NO"]
+    assert cells("ours", [1.0, 1.1], 1.05, True)[-1] == "yes"
+    assert cells("ours", [1.0, 1.1], 1.05, False)[-3:] == ["+5%", "", ""]
+    assert cells("theirs", [1.0, 3.0], None, True)[-4:] == ["+200%", "", "", ""]
