@@ -15,7 +15,7 @@ from pathlib import Path
 from r1_megatron.config.load import ConfigError
 from r1_megatron.config.schema import REWARD_NAMES, RolloutConfig, RunConfig
 from r1_megatron.config.validate_code import code_reward_problems
-from r1_megatron.config.validate_data import PROCEDURAL, data_file_problems, data_problems, task_sources
+from r1_megatron.config.validate_data import TASK_TOKENIZERS, data_file_problems, data_problems, task_sources
 from r1_megatron.config.validate_evaluate import evaluation_file_problems, evaluation_problems
 from r1_megatron.config.validate_model import model_problems
 from r1_megatron.config.validate_precision import precision_problems
@@ -295,7 +295,12 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
 
 
 # Rewards of ours that read one task's labels only.
-_REWARD_OF_SOURCE = {"chain_sum": "accuracy", "countdown": "countdown", "bilingual": "accuracy"}
+_REWARD_OF_SOURCE = {
+    "chain_sum": "accuracy",
+    "countdown": "countdown",
+    "bilingual": "accuracy",
+    "translation": "accuracy",
+}
 
 
 def _reward(cfg: RunConfig) -> Iterator[str]:
@@ -479,7 +484,7 @@ def _profile(cfg: RunConfig) -> Iterator[str]:
 
 def _machine(cfg: RunConfig) -> Iterator[str]:
     wanted = {
-        "tokenizer.path": None if cfg.tokenizer.kind in PROCEDURAL else cfg.tokenizer.path,
+        "tokenizer.path": None if cfg.tokenizer.kind in TASK_TOKENIZERS else cfg.tokenizer.path,
         # A run that goes on has checkpoints of its own.
         "checkpoint.load": None if _goes_on(cfg) else cfg.checkpoint.load,
         "distill.student": cfg.distill.student,

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from r1_megatron.config.schema import DataConfig, DataSourceConfig, RunConfig
 
-# Tasks that make their own problems, which are also tokenizers that are built on the spot.
-PROCEDURAL = ("chain_sum", "countdown", "bilingual")
+# Tasks that make their own problems.
+PROCEDURAL = ("chain_sum", "countdown", "bilingual", "translation")
+_BILINGUAL = {"bilingual", "translation"}
+# Tokenizers that are built on the spot, and the tasks that they write.
+TASK_TOKENIZERS = {"chain_sum": {"chain_sum"}, "countdown": {"countdown"}, "bilingual": set(PROCEDURAL)}
 _KEYS = ("prompt_key", "label_key", "metadata_key", "response_key", "source_key")
 _SUPERVISED_STAGES = ("sft", "distill")
 
@@ -100,25 +103,25 @@ def _options(cfg: RunConfig) -> Iterator[str]:
         yield f"data.decontaminate_ngram={d.decontaminate_ngram} has to be at least 1."
     if d.min_score_difference < 0:
         yield f"data.min_score_difference={d.min_score_difference:g} has to be at least 0."
-    if cfg.sft.mixed_fraction and "bilingual" not in kinds:
+    if cfg.sft.mixed_fraction and not kinds & _BILINGUAL:
         yield (
-            f"sft.mixed_fraction={cfg.sft.mixed_fraction:g} mixes languages, and only bilingual has two; the data is "
-            f"of {', '.join(sorted(kinds))}. Set it to 0."
+            f"sft.mixed_fraction={cfg.sft.mixed_fraction:g} mixes languages, and only bilingual and translation have "
+            f"two; the data is of {', '.join(sorted(kinds))}. Set it to 0."
         )
 
 
 def _tokenizer(cfg: RunConfig) -> Iterator[str]:
     d, t = cfg.data, cfg.tokenizer
-    if t.kind not in PROCEDURAL:
+    if t.kind not in TASK_TOKENIZERS:
         if t.path is None:
             what = "a .model file" if t.kind == "sentencepiece" else "a folder or a tokenizer.json"
             yield f"tokenizer.kind={t.kind} needs tokenizer.path, {what}."
         return
     kinds = {source.kind for source in d.sources} if d.source == "mixture" else {d.source}
     # Files say themselves what cannot be written; the tasks' texts are known.
-    foreign = kinds & set(PROCEDURAL) - ({t.kind} if t.kind != "bilingual" else set(PROCEDURAL))
+    foreign = kinds & set(PROCEDURAL) - TASK_TOKENIZERS[t.kind]
     if foreign:
-        remedy = "bilingual, which writes all tasks" if d.source == "mixture" else d.source
+        remedy = d.source if d.source in TASK_TOKENIZERS else "bilingual, which writes all tasks"
         yield (
             f"tokenizer.kind={t.kind} is built for data.source={t.kind}, but the data is of "
             f"{', '.join(sorted(foreign))}. Set tokenizer.kind={remedy}."

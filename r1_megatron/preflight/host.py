@@ -16,7 +16,7 @@ import torch
 import torch.cuda.nccl
 
 from r1_megatron.config.schema import RunConfig
-from r1_megatron.config.validate_data import PROCEDURAL, data_files
+from r1_megatron.config.validate_data import TASK_TOKENIZERS, data_files
 from r1_megatron.kernels.library import PATH as LIBRARY
 from r1_megatron.preflight.measurements import HostFacts
 from r1_megatron.telemetry.gpu_health import count_devices
@@ -88,7 +88,7 @@ def _inputs(config: RunConfig) -> list[str]:
     """Files and folders that every rank reads. Inputs of a checkpoint that the run goes on from are its own matter."""
     named = [
         *(str(file) for path in data_files(config).values() for file in sorted(glob.glob(path)) or [path]),
-        None if config.tokenizer.kind in PROCEDURAL else config.tokenizer.path,
+        None if config.tokenizer.kind in TASK_TOKENIZERS else config.tokenizer.path,
         config.checkpoint.load,
     ]
     return [path for path in dict.fromkeys(named) if path is not None]

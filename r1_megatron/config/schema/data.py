@@ -11,7 +11,8 @@ class TokenizerConfig:
     """``sentencepiece``: a ``.model`` file. ``huggingface``: a folder or a ``tokenizer.json``.
 
     ``chain_sum``, ``countdown`` and ``bilingual`` build their own small sentencepiece model into the run folder:
-    nothing to download. The first two write printable ASCII, ``bilingual`` also the words of its task: it writes all.
+    nothing to download. The first two write printable ASCII, ``bilingual`` also the words of its task and of
+    ``translation``: it writes all.
     """
 
     kind: Literal["sentencepiece", "huggingface", "chain_sum", "countdown", "bilingual"] = "chain_sum"
@@ -24,7 +25,7 @@ class TokenizerConfig:
 class DataSourceConfig:
     """One of the sources that ``data.source: mixture`` mixes: files, or a procedural task."""
 
-    kind: Literal["jsonl", "chain_sum", "countdown", "bilingual"] = "jsonl"
+    kind: Literal["jsonl", "chain_sum", "countdown", "bilingual", "translation"] = "jsonl"
     # What rewards and reports call it, where a row does not say so itself; empty: the task, or the path.
     name: str = ""
     # Its share of what is drawn, relative to the others'. null for all: by their numbers of rows, so that each row
@@ -50,7 +51,7 @@ class DataConfig:
     """
 
     # "jsonl": files. "mixture": what `sources` names.
-    source: Literal["jsonl", "chain_sum", "countdown", "bilingual", "mixture"] = "chain_sum"
+    source: Literal["jsonl", "chain_sum", "countdown", "bilingual", "translation", "mixture"] = "chain_sum"
     path: str | None = None
     eval_path: str | None = None
     sources: tuple[DataSourceConfig, ...] = ()

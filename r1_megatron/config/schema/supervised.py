@@ -12,8 +12,8 @@ class SFTConfig:
 
     Rows hold ``prompt`` and ``response``, or chat messages. Procedural tasks write their own traces;
     ``corrupt_fraction`` of the reasoning steps are wrong, ``mixed_fraction`` of them are in the other language
-    (``bilingual`` has two) and ``malformed_fraction`` of the answers break the format, so that there is something left
-    for reinforcement learning to sharpen.
+    (``bilingual`` and ``translation`` have two) and ``malformed_fraction`` of the answers break the format, so that
+    there is something left for reinforcement learning to sharpen.
     """
 
     batch_size: int = 128

@@ -13,8 +13,9 @@ from r1_megatron.data.tasks.base import Task
 from r1_megatron.data.tasks.bilingual import Bilingual
 from r1_megatron.data.tasks.chain_sum import ChainSum
 from r1_megatron.data.tasks.countdown import Countdown
+from r1_megatron.data.tasks.translation import Translation
 
-TASKS = {"chain_sum": ChainSum, "countdown": Countdown, "bilingual": Bilingual}
+TASKS = {"chain_sum": ChainSum, "countdown": Countdown, "bilingual": Bilingual, "translation": Translation}
 
 
 def build_task(name: str, options: dict[str, Any], num_train: int, num_eval: int, seed: int) -> Task:

@@ -113,10 +113,12 @@ class Bilingual:
     """Problems are :class:`BilingualProblem`; the options are ``DEFAULTS``."""
 
     name = "bilingual"
+    # Whether a story ends with a question.
+    asks = True
 
     def __init__(self, options: dict[str, Any], num_train: int, num_eval: int, seed: int):
         self.options = check_options(self.name, options, DEFAULTS)
-        _check_ranges(self.options)
+        _check_ranges(self.name, self.options)
         o = self.options
 
         def draw(rng: random.Random) -> tuple[BilingualProblem, Any, bool] | None:
@@ -136,7 +138,7 @@ class Bilingual:
                 rng.randrange(len(words.names)),
                 rng.randrange(len(words.things)),
                 rng.randrange(len(words.openings)),
-                rng.randrange(len(words.questions)),
+                rng.randrange(len(words.questions)) if self.asks else 0,
                 tuple(rng.randrange(len(words.gains if change > 0 else words.losses)) for change in changes),
                 start,
                 tuple(changes),
@@ -149,17 +151,12 @@ class Bilingual:
 
     def is_held_out(self, problem: BilingualProblem) -> bool:
         """By the numbers alone: whatever story they are in, and in either language, they are on the same side."""
-        return is_held_out(self.name, (problem.start, *problem.changes))
+        return is_held_out("bilingual", (problem.start, *problem.changes))
 
     def prompt_text(self, problem: BilingualProblem) -> str:
         words = WORDS[problem.language]
-        who = {"name": words.names[problem.name], "thing": words.things[problem.thing], "start": problem.start}
-        sentences = [words.openings[problem.opening].format(**who)]
-        for verb, change in zip(problem.verbs, problem.changes):
-            more = words.more[change < 0]
-            sentences.append(words.step.format(**_telling(problem, words, verb, change), more=more))
-        sentences.append(words.questions[problem.question].format(**who))
-        return words.joint.join(sentences)
+        question = words.questions[problem.question].format(**_people(problem, words))
+        return words.joint.join([*story(problem, problem.language), question])
 
     def label(self, problem: BilingualProblem) -> int:
         return problem.start + sum(problem.changes)
@@ -222,12 +219,26 @@ def vocabulary() -> tuple[list[str], list[str]]:
     return sorted(english) + sorted(chinese) + ["，所以"], characters
 
 
+def story(problem: BilingualProblem, language: str) -> list[str]:
+    """Its sentences, without the question."""
+    words = WORDS[language]
+    sentences = [words.openings[problem.opening].format(**_people(problem, words))]
+    for verb, change in zip(problem.verbs, problem.changes):
+        more = words.more[change < 0]
+        sentences.append(words.step.format(**_telling(problem, words, verb, change), more=more))
+    return sentences
+
+
+def _people(problem: BilingualProblem, words: Words) -> dict[str, Any]:
+    return {"name": words.names[problem.name], "thing": words.things[problem.thing], "start": problem.start}
+
+
 def _telling(problem: BilingualProblem, words: Words, verb: int, change: int) -> dict[str, Any]:
     verbs = words.gains if change > 0 else words.losses
     return {"pronoun": words.pronouns[problem.name], "verb": verbs[verb], "number": abs(change)}
 
 
-def _check_ranges(o: dict[str, Any]) -> None:
+def _check_ranges(name: str, o: dict[str, Any]) -> None:
     problems = []
     languages = o["languages"]
     if not languages or any(language not in WORDS for language in languages) or len(set(languages)) < len(languages):
@@ -237,4 +248,4 @@ def _check_ranges(o: dict[str, Any]) -> None:
     if not 1 <= o["max_number"] <= o["max_total"]:
         problems.append(f"max_number={o['max_number']}, max_total={o['max_total']}, expected 1 <= number <= total")
     if problems:
-        raise ValueError(f"data.task_options of bilingual: {'; '.join(problems)}.")
+        raise ValueError(f"data.task_options of {name}: {'; '.join(problems)}.")

@@ -32,7 +32,7 @@ CASES = [
     (["data.streaming=true"], r"data.streaming=true reads files, and there are none"),
     (["data.decontaminate_ngram=0"], r"data.decontaminate_ngram=0 has to be at least 1"),
     (["data.min_score_difference=-1"], r"data.min_score_difference=-1 has to be at least 0"),
-    (["sft.mixed_fraction=0.5"], r"only bilingual has two; the data is of chain_sum. Set it to 0"),
+    (["sft.mixed_fraction=0.5"], r"only bilingual and translation have two; the data is of chain_sum. Set it to 0"),
     (["sft.mixed_fraction=1.5", "data.source=bilingual"], r"sft.mixed_fraction=1.5 has to be between 0 and 1"),
     (
         ["data.template=chat"],
