@@ -335,7 +335,8 @@ def _evaluation_lines(cfg: RunConfig) -> list[Line]:
 
 def _benchmark_line(b: BenchmarkConfig) -> Line:
     num = "all problems" if b.num_prompts is None else f"the first {b.num_prompts:,} problems"
-    text = f"{num} of {b.path or 'data'}: {_count(b.samples_per_prompt, 'sample')} each at temperature "
+    where = f"{b.path or 'data'}{' (' + ', '.join(b.sources) + ')' if b.sources else ''}"
+    text = f"{num} of {where}: {_count(b.samples_per_prompt, 'sample')} each at temperature "
     return b.title, f"{text}{b.temperature:g}, top-p {b.top_p:g}{', and greedy' if b.greedy else ''}"
 
 

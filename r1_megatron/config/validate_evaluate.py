@@ -12,7 +12,7 @@ from r1_megatron.config.schema import BenchmarkConfig, RunConfig
 LEAST_CODE_TIMEOUT_S = 300.0
 _TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Formats whose questions and grading are their own.
-_OWN_QUESTIONS = ("aime", "math500", "gsm8k", "gpqa", "livecodebench")
+QUESTIONED = ("aime", "math500", "gsm8k", "gpqa", "livecodebench")
 
 
 def evaluation_problems(cfg: RunConfig) -> Iterator[str]:
@@ -34,6 +34,8 @@ def _benchmark(cfg: RunConfig, b: BenchmarkConfig) -> Iterator[str]:
         yield f".path: format={b.format} needs a file, JSONL or parquet."
     if not _TITLE.fullmatch(b.title):
         yield f".name={b.title!r} has to consist of letters, digits, '.', '_' and '-'."
+    if b.sources and b.format in QUESTIONED:
+        yield f".sources: rows of format={b.format} have no source. Leave it empty."
     for name in ("num_prompts", "max_new_tokens"):
         value = getattr(b, name)
         if value is not None and value < 1:
@@ -66,7 +68,7 @@ def _benchmark(cfg: RunConfig, b: BenchmarkConfig) -> Iterator[str]:
         )
     if b.question is not None and "{problem}" not in b.question:
         yield f".question={b.question[:60]!r} has no {{problem}} in it."
-    if b.question is not None and b.format not in _OWN_QUESTIONS:
+    if b.question is not None and b.format not in QUESTIONED:
         yield f".question is set, but rows of format={b.format} are whole prompts. Set it to null."
     if b.format == "held_out" and b.template is not None:
         yield f".template={b.template}: held-out prompts have data.template({cfg.data.template}). Set it to null."

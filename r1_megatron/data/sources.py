@@ -21,11 +21,18 @@ class Source(NamedTuple):
 
     @property
     def task(self) -> Task | None:
-        """The procedural task, with its problems drawn; ``None`` for files."""
+        """The procedural task, with its problems drawn; ``None`` for files.
+
+        Raises:
+            ValueError: an option is wrong, or there are not so many problems; the section is named.
+        """
         cfg = self.cfg
         if cfg.source == "jsonl":
             return None
-        return build_task(cfg.source, cfg.task_options, cfg.num_train, cfg.num_eval, cfg.seed)
+        try:
+            return build_task(cfg.source, cfg.task_options, cfg.num_train, cfg.num_eval, cfg.seed)
+        except ValueError as error:
+            raise ValueError(str(error).replace("data.", f"{self.where}.")) from error
 
 
 def sources_of(cfg: DataConfig) -> list[Source]:

@@ -180,6 +180,7 @@ def settings_of(cfg: RunConfig, benchmark: BenchmarkConfig) -> dict[str, Any]:
     """What decides a benchmark's samples beside the checkpoint."""
     chosen = benchmark.question or QUESTIONS.get(benchmark.format)
     return {
+        "sources": list(benchmark.sources),
         "samples_per_prompt": benchmark.samples_per_prompt,
         "temperature": benchmark.temperature,
         "top_p": benchmark.top_p,
@@ -215,7 +216,7 @@ def metrics_of(evaluation: dict[str, Any], lines: Iterable[Line]) -> dict[str, f
     """For ``metrics.jsonl``: ``<benchmark>/<figure>``, and of held-out prompts what training calls them."""
     found: dict[str, float] = {}
     for entry in evaluation["benchmarks"]:
-        if entry["format"] == "held_out":
+        if entry["format"] == "held_out" and not entry["settings"]["sources"]:
             found |= _as_in_training(entry, [line for line in lines if line["benchmark"] == entry["name"]])
         else:
             found |= {f"{entry['name']}/{name}": figure["value"] for name, figure in entry["figures"].items()}

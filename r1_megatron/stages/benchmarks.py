@@ -58,7 +58,7 @@ def ask(run: Run, benchmark: BenchmarkConfig) -> Questions:
     """
     if benchmark.format in BY_REWARD:
         held_out = benchmark.format == "held_out"
-        prompts = tuple((run.held_out if held_out else _prompts(run, benchmark))[: benchmark.num_prompts])
+        prompts = of_sources(run.held_out if held_out else _prompts(run, benchmark), benchmark)
         problems = [
             Problem(p.index, problem_key(p.text, p.label), p.text, p.label, groups_of(p.metadata, p.source), p.metadata)
             for p in prompts
@@ -66,6 +66,22 @@ def ask(run: Run, benchmark: BenchmarkConfig) -> Questions:
         return Questions(benchmark, tuple(problems), prompts)
     problems = load_problems(benchmark)
     return Questions(benchmark, tuple(problems), tuple(_in_tokens(run, benchmark, problems)))
+
+
+def of_sources(prompts: Sequence[Prompt], benchmark: BenchmarkConfig) -> tuple[Prompt, ...]:
+    """The prompts that a benchmark asks.
+
+    Raises:
+        ValueError: there is none of its sources.
+    """
+    wanted, found = benchmark.sources, sorted({prompt.source for prompt in prompts})
+    asked = tuple(prompt for prompt in prompts if not wanted or prompt.source in wanted)
+    if not asked:
+        raise ValueError(
+            f"evaluate.benchmarks ({benchmark.title}): no prompt is of sources={list(wanted)}. Those there are: "
+            f"{', '.join(found)}."
+        )
+    return asked[: benchmark.num_prompts]
 
 
 def _prompts(run: Run, benchmark: BenchmarkConfig) -> Sequence[Prompt]:
@@ -297,7 +313,7 @@ class Sampling:
 
     def _thinking(self, lines: Sequence[Line]) -> dict[str, float]:
         """Of the held-out prompts, as training reports it."""
-        titles = [q.benchmark.title for q in self._asked if q.benchmark.format == "held_out"]
+        titles = [q.benchmark.title for q in self._asked if q.benchmark.is_as_in_training]
         found = Metrics()
         for name in PASSES:
             texts = [

@@ -20,6 +20,8 @@ class BenchmarkConfig:
     path: str | None = None
     # In tables; null: the file's name without its ending.
     name: str | None = None
+    # Prompts of these sources (`source` of a row; a procedural task's name); empty: all. Of "held_out" and "prompts".
+    sources: tuple[str, ...] = ()
     # The first so many problems; null: all.
     num_prompts: int | None = None
     # What is asked, {problem} in it; null: as is usual for the format. Of formats that are graded by themselves.
@@ -36,6 +38,11 @@ class BenchmarkConfig:
     # k of further pass@k, and of cons@k (empty: the majority of all samples). pass@1 is always there.
     pass_at: tuple[int, ...] = ()
     cons_at: tuple[int, ...] = ()
+
+    @property
+    def is_as_in_training(self) -> bool:
+        """Whether it asks what training asks in between, so that its figures have the same names."""
+        return self.format == "held_out" and not self.sources
 
     @property
     def title(self) -> str:

@@ -53,6 +53,7 @@ def test_benchmarks_need_nothing_of_the_data_section() -> None:
         ({**AIME, "cons_at": (0,)}, ".cons_at: [0]"),
         ({**AIME, "question": "Solve it!"}, "has no {problem} in it"),
         ({"format": "prompts", "path": "x.jsonl", "question": "{problem}"}, "rows of format=prompts are whole prompts"),
+        ({**AIME, "sources": ["math"]}, ".sources: rows of format=aime have no source"),
         ({"format": "held_out", "template": "none"}, "held-out prompts have data.template(compact)"),
         ({"format": "livecodebench", "path": "x.jsonl"}, "Set reward.timeout_s=300 or more"),
         ({"format": "livecodebench", "path": "x.jsonl", "cons_at": (2,)}, "programs do not vote"),

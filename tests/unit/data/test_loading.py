@@ -170,3 +170,10 @@ def test_mixtures_of_files_and_tasks(tmp_path: Path):
     texts = [TOKENIZER.decode(rows.at(place).tokens) for place in range(400)]
     assert sum("</think>" in text for text in texts) == 300 and len(rows.held_out) >= 9
     assert [rows.at(place) for place in range(20)] == [rows.at(place) for place in range(20)]
+
+
+def test_a_source_that_cannot_be_made_is_named():
+    source = DataSourceConfig("countdown", num_train=100_000)
+    cfg = replace(CFG, source="mixture", sources=(DataSourceConfig("bilingual", num_train=8, num_eval=8), source))
+    with pytest.raises(ValueError, match=r"^data.sources.1.num_train=100000, data.sources.1.num_eval=256: countdown"):
+        build_prompts(cfg, TOKENIZER)
