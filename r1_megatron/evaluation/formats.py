@@ -85,7 +85,7 @@ def benchmarks_of(cfg: RunConfig) -> tuple[BenchmarkConfig, ...]:
 
 def seed_of(cfg: RunConfig, benchmark: BenchmarkConfig) -> int:
     """Of a benchmark's samples: no two have the same, and what else is asked does not change it."""
-    if benchmark.format == "held_out":
+    if benchmark.is_as_in_training:
         return cfg.seed + HELD_OUT_SEED
     return stable_hash("evaluate", cfg.seed, benchmark.title) >> 2
 

@@ -69,7 +69,7 @@ def ask(run: Run, benchmark: BenchmarkConfig) -> Questions:
 
 
 def of_sources(prompts: Sequence[Prompt], benchmark: BenchmarkConfig) -> tuple[Prompt, ...]:
-    """The prompts that a benchmark asks.
+    """The prompts that a benchmark asks, numbered anew.
 
     Raises:
         ValueError: there is none of its sources.
@@ -81,7 +81,7 @@ def of_sources(prompts: Sequence[Prompt], benchmark: BenchmarkConfig) -> tuple[P
             f"evaluate.benchmarks ({benchmark.title}): no prompt is of sources={list(wanted)}. Those there are: "
             f"{', '.join(found)}."
         )
-    return asked[: benchmark.num_prompts]
+    return tuple(replace(prompt, index=place) for place, prompt in enumerate(asked[: benchmark.num_prompts]))
 
 
 def _prompts(run: Run, benchmark: BenchmarkConfig) -> Sequence[Prompt]:

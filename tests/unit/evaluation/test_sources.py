@@ -23,7 +23,8 @@ PROMPTS = [Prompt(i, f"{i}?", (i,), i, {}, source=("math", "chat", "math")[i % 3
 )
 def test_prompts_of_some_sources(benchmark, indices):
     found = of_sources(PROMPTS, BenchmarkConfig(format="held_out", **benchmark))
-    assert [prompt.index for prompt in found] == list(indices)
+    assert [prompt.label for prompt in found] == list(indices)
+    assert [prompt.index for prompt in found] == list(range(len(found)))
 
 
 def test_none_of_a_source():
