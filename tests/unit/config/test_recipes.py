@@ -50,6 +50,17 @@ PUBLISHED = {
     "rl_2": {**RL, "sampling.temperature": 0.7},
     "cold_start": COLD_START,
     "sft_2": COLD_START,
+    # Section 3.1: 66,000 pairs, whose mean scores differ by more than 1.
+    "reward_model": {
+        "stage": "reward_model",
+        "model.head": "value",
+        "reward_model.objective": "pairs",
+        "reward_model.batch_size": 256,
+        "reward_model.epochs": 1,
+        "reward_model.max_tokens": 8192,
+        "data.min_score_difference": 1.0,
+        "train.lr": 6e-6,
+    },
     "distill": {"stage": "distill", "sft.batch_size": 64, "sft.epochs": 2, "train.lr_decay_style": "cosine"},
 }
 
@@ -91,6 +102,23 @@ def test_the_batches_and_lengths_of_reinforcement():
         assert (language.on, language.weight) == ("reasoning", 1.0)
 
 
+def test_both_reward_models_of_the_paper_are_the_recipe(tmp_path: Path):
+    """On DeepSeek-V3, whose preset has a multi-token-prediction module: a value model has none."""
+    text = "inherits: recipe:reward_model\nmodel: {preset: deepseek_v3_671b}\ndata: {source: jsonl, path: x.jsonl}"
+    helpful = load_config(write(tmp_path, text))
+    safe = load_config(tmp_path / "run.yaml", ["reward_model.objective=pointwise"])
+    for cfg, sequences in ((helpful, 512), (safe, 256)):
+        assert validate_config(cfg, check_files=False) == []
+        assert (cfg.num_steps, cfg.epochs, cfg.rows_per_step) == (None, 1, sequences)
+        assert workload(cfg).longest == 8192 and workload(cfg).sequences == sequences
+    told = " ".join(explain(helpful).split())
+    assert "256 pairs * 2 sequences = 512 a step, dealt to dp(1) ranks by their work; 1 epoch, and the last" in told
+    assert "the value at the last token, of 8,192 at most; starts from random weights" in told
+    long = load_config(tmp_path / "run.yaml", ["train.steps=7"])
+    (problem,) = validate_config(long, check_files=False)
+    assert problem.startswith("reward_model.epochs(1) and train.steps(7) both say how long the run is.")
+
+
 def test_distillation_ends_at_a_tenth():
     cfg = load_config("recipe:distill")
     assert cfg.train.min_lr == pytest.approx(cfg.train.lr / 10)
@@ -125,7 +153,7 @@ def test_several_parents(tmp_path: Path):
     ("text", "message"),
     [
         ("inherits: recipe:r1_zer", "there is no recipe:r1_zer. Did you mean recipe:r1_zero?"),
-        ("inherits: [recipe:xyz]", "Known: cold_start, distill, r1_zero, rl_1, rl_2, sft_2."),
+        ("inherits: [recipe:xyz]", "Known: cold_start, distill, r1_zero, reward_model, rl_1, rl_2, sft_2."),
         ("rl: {algorithm: dappo}", 'rl.algorithm: "dappo" is not a choice. Did you mean dapo?'),
     ],
 )
