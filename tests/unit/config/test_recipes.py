@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from r1_megatron.config.load import ConfigError, dump_config, load_config, load_
 from r1_megatron.config.reading import recipe_names
 from r1_megatron.config.schema import LengthSwitch, RLConfig, RunConfig, SamplingConfig
 from r1_megatron.config.validate import validate_config
+from r1_megatron.pipeline.check import checked_pipeline
+from r1_megatron.planner.hardware import find_gpu
+from r1_megatron.planner.plan import make_plan
 from r1_megatron.planner.workload import workload
+from r1_megatron.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -136,6 +141,34 @@ def test_the_large_jobs_are_the_recipes(tmp_path: Path):
         assert {field: value(cfg, field) for field in filled.keys() & mine.keys()} == own
         published = PUBLISHED[recipe].keys() - own.keys()
         assert {field: value(cfg, field) for field in published} == {f: PUBLISHED[recipe][f] for f in published}
+
+
+def test_the_pipeline_of_the_large_job_is_the_whole_recipe():
+    """Each node has its recipe's numbers, whatever file its layout is from, and fits its GPUs."""
+    nodes = checked_pipeline(ROOT / "slurm" / "r1_671b_pipeline.yaml", check_files=False).nodes
+    recipes = {
+        "zero": "r1_zero", "reasoning": "rl_1", "sft_2": "sft_2", "helpful": "reward_model", "r1": "rl_2",
+        "qwen_7b": "distill", "llama_8b": "distill",
+    }  # fmt: skip
+    for name, recipe in recipes.items():
+        cfg = nodes[name].config
+        assert {field: value(cfg, field) for field in PUBLISHED[recipe]} == PUBLISHED[recipe], name
+    reasoning, r1, rl_2 = nodes["reasoning"].config, nodes["r1"].config, load_config("recipe:rl_2")
+    assert reasoning.reward == load_config("recipe:rl_1").reward and reasoning.sampling.length_switches == ()
+    # The recipe's terms, but for where the reward models lie.
+    assert [replace(term, options={}) for term in r1.reward.terms] == [
+        replace(term, options={}) for term in rl_2.reward.terms
+    ]
+    assert [str(reference) for reference in nodes["r1"].references][:2] == [
+        "${helpful.reward_model}", "${safe.reward_model}",
+    ]  # fmt: skip
+    safe = nodes["safe"].config
+    assert replace(safe.reward_model, objective="pairs") == nodes["helpful"].config.reward_model
+    ranks = {512: 9, 256: 2, 32: 2}
+    counted = Counter(Topology.from_config(node.config.parallel).world_size for node in nodes.values())
+    assert counted == ranks
+    for node in nodes.values():
+        assert make_plan(node.config, find_gpu("h100-80gb"), with_remedy=False, with_time=False).fits, node.name
 
 
 def test_several_parents(tmp_path: Path):
