@@ -1,6 +1,6 @@
 """Reward models: one number for a whole answer, read at its last token, learned from what was preferred or allowed.
 
-    r1-megatron train reward.yaml stage=reward_model checkpoint.load=runs/sft/checkpoints/final
+    r1-megatron train examples/chain_sum_reward_model.yaml
 
 ``reward_model.objective: pairs`` learns from two answers to one prompt, the better one first (Bradley-Terry);
 ``pointwise`` from answers that are safe or not. DeepSeek-R1 trains one of each kind: helpfulness from pairs, safety
