@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from r1_megatron.config.explain import explain
 from r1_megatron.config.load import dump_config, load_config
 from r1_megatron.config.validate import check_config, validate_config
+from r1_megatron.config.value_models import value_model
 from r1_megatron.pipeline.check import checked_pipeline
 from r1_megatron.topology import Topology
 
@@ -18,7 +20,9 @@ PIPELINES = [path for path in SHIPPED if path.stem.endswith("_pipeline")]
 FILES = [path for path in SHIPPED if path not in PIPELINES]
 RANKS = {
     "chain_sum_base": 2,
+    "chain_sum_ppo": 1,
     "chain_sum_reject": 1,
+    "chain_sum_reward_model": 1,
     "chain_sum_student": 1,
     "chain_sum_zero": 1,
     "chain_sum_zero_tp2": 2,
@@ -38,6 +42,7 @@ RANKS = {
 
 
 SMALL = ("chain_sum", "countdown", "bilingual", "three_tasks")
+AFTER_BASE = re.compile(r"_(zero|ppo|reject).*")
 
 
 def name_of(path: Path) -> str:
@@ -80,7 +85,18 @@ def test_layouts_are_what_the_names_say():
     assert RANKS.items() <= found.items()
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith(SMALL)], ids=name_of)
+def test_the_reward_model_learns_the_pairs_that_rejection_sampling_writes():
+    cfg, reject, base = (
+        load_config(ROOT / "examples" / f"chain_sum_{name}.yaml") for name in ("reward_model", "reject", "base")
+    )
+    assert cfg.data.path == f"{reject.output_dir}/preferences.jsonl" and reject.reject.pairs.by == "reward"
+    assert cfg.checkpoint.load == reject.checkpoint.load == f"{base.output_dir}/checkpoints/final"
+    assert cfg.model == value_model(base.model)
+    assert (cfg.tokenizer, cfg.data.template) == (reject.tokenizer, reject.data.template)
+    assert cfg.reward_model.max_tokens == reject.longest_sequence
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith(SMALL) and "reward" not in p.stem], ids=name_of)
 def test_small_examples_need_nothing_but_the_base_run(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """On this machine only the base's checkpoint is missing; vocabulary, prompts and traces fit the stated limits."""
     from r1_megatron.config.schema import SFTConfig
@@ -94,7 +110,7 @@ def test_small_examples_need_nothing_but_the_base_run(path: Path, monkeypatch: p
     if cfg.checkpoint.load is None:
         assert problems == []
     else:
-        base = load_config(ROOT / "examples" / f"{path.stem.split('_zero')[0].removesuffix('_reject')}_base.yaml")
+        base = load_config(ROOT / "examples" / f"{AFTER_BASE.sub('', path.stem)}_base.yaml")
         assert cfg.checkpoint.load == f"{base.output_dir}/checkpoints/final"
         assert len(problems) == 1 and problems[0].startswith("checkpoint.load")
         assert (cfg.model, cfg.data, cfg.tokenizer) == (base.model, base.data, base.tokenizer)

@@ -12,6 +12,7 @@ from r1_megatron.config.load import Sources
 from r1_megatron.config.origins import origin_lines
 from r1_megatron.config.presets import count_parameters, layer_parameters, mtp_parameters
 from r1_megatron.config.schema import DYNAMIC_TOKENS, BenchmarkConfig, ModelConfig, RunConfig, TrainConfig
+from r1_megatron.config.value_models import critic_config, reward_model_terms
 from r1_megatron.topology import Chunk, Topology, place_layers
 
 Line = tuple[str, str]
@@ -29,12 +30,12 @@ def explain(cfg: RunConfig, sources: Sources = ()) -> str:
         ("model", _model_lines(cfg, topology, stages)),
     ]
     if cfg.is_rl:
-        sections.append(("rollout, every step", _rollout_lines(cfg, topology, stages)))
+        sections.append(("rollout, every step", _rollout_lines(cfg, topology, stages) + _grading_lines(cfg)))
         sections.append(("training, every step", _training_lines(cfg, topology)))
     elif cfg.learns_from_rows:
         sections.append(("training", _sft_lines(cfg, topology)))
     elif cfg.stage == "reject":
-        sections.append(("rollout, every block", _rollout_lines(cfg, topology, stages)))
+        sections.append(("rollout, every block", _rollout_lines(cfg, topology, stages) + _grading_lines(cfg)))
         sections.append(("what is kept", _reject_lines(cfg)))
     if cfg.stage != "reject" and (not cfg.learns_from_rows or cfg.evaluate.num_prompts):
         sections.append(("evaluation", _evaluation_lines(cfg)))
@@ -257,12 +258,19 @@ def _training_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
         estimator = "" if rl.kl_estimator == "k3" else f" ({rl.kl_estimator} estimator)"
         where = ", taken off the reward" if rl.kl_in == "reward" else ""
         lines.append(("reference", f"KL {rl.kl_coef:g}{estimator} to the starting policy{where}, {refresh}"))
+    if cfg.stage == "ppo":
+        lines.append(_critic_line(cfg))
     return lines
 
 
 def longest_microbatches(cfg: RunConfig, topology: Topology) -> int:
     """Microbatches of an update on each data-parallel rank if all sequences are as long as the configuration allows."""
-    if cfg.learns_from_rows:
+    together = 1
+    if cfg.stage == "reward_model":
+        sequences, positions = cfg.rows_per_step, cfg.model.max_position_embeddings
+        length = min(cfg.reward_model.max_tokens or positions, positions)
+        together = 2 if cfg.reward_model.objective == "pairs" else 1
+    elif cfg.learns_from_rows:
         sequences, length = cfg.rows_per_step, cfg.model.max_position_embeddings
     else:
         sequences = cfg.rollout.prompts_per_step // cfg.rl.num_minibatches * cfg.rollout.samples_per_prompt
@@ -270,20 +278,57 @@ def longest_microbatches(cfg: RunConfig, topology: Topology) -> int:
     tokens = cfg.train.micro_batch_tokens
     budget = max(length, DYNAMIC_TOKENS) if tokens is None else tokens
     multiple = topology.pp if topology.vpp > 1 else 1
-    at_once = max(1, budget // length) * topology.dp * multiple
+    at_once = max(1, budget // (together * length)) * together * topology.dp * multiple
     return -(-sequences // at_once) * multiple
 
 
 def _sft_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
     rows, steps = cfg.rows_per_step, cfg.num_steps
-    made = f"{_count(cfg.sft.epochs or 0, 'epoch')}, and the last step takes what is left"
+    noun, of_step = "rows", f"{rows}"
+    if cfg.stage == "reward_model" and cfg.reward_model.objective == "pairs":
+        rows, noun = cfg.reward_model.batch_size, "pairs"
+        of_step = f"{rows} pairs * 2 sequences = {2 * rows}"
+    made = f"{_count(cfg.epochs or 0, 'epoch')}, and the last step takes what is left"
     if steps is not None:
-        made = f"{steps:,} steps make {rows * steps:,}"
-    return [
-        ("rows", f"{rows} a step, dealt to dp({topology.dp}) ranks by their work; {made}"),
+        made = f"{steps:,} steps make {rows * steps:,}" + ("" if noun == "rows" else f" {noun}")
+    lines = [
+        (noun, f"{of_step} a step, dealt to dp({topology.dp}) ranks by their work; {made}"),
         ("microbatches", f"{_budget(cfg.train)} each"),
         ("learning rate", _learning_rate(cfg)),
     ]
+    if cfg.stage == "reward_model":
+        longest = cfg.reward_model.max_tokens or cfg.model.max_position_embeddings
+        load = cfg.checkpoint.load
+        start = "random weights" if load is None else f"{load}, under a fresh head where that writes"
+        lines.append(("score", f"the value at the last token, of {longest:,} at most; starts from {start}"))
+    return lines
+
+
+def _grading_lines(cfg: RunConfig) -> list[Line]:
+    """The reward models among the terms, and where their scores come from."""
+    lines: list[Line] = []
+    for number, folder in reward_model_terms(cfg).items():
+        term = cfg.reward.terms[number]
+        text = f"{folder} scores the {term.on} at its last token, in its own template and tokenizer"
+        if term.sources:
+            text += f", of {', '.join(term.sources)}"
+        if term.from_step > 1:
+            text += f", from step {term.from_step:,} on"
+        lines.append((f"reward.terms.{number}", text))
+    return lines
+
+
+def _critic_line(cfg: RunConfig) -> Line:
+    """Where the values of stage ``ppo`` come from."""
+    critic, own = cfg.critic, critic_config(cfg)
+    shape = "the policy's shape" if critic.model is None else f"{critic.model.preset or 'critic.model'}"
+    start = "random weights" if own.checkpoint.load is None else own.checkpoint.load
+    text = f"{shape} under a value head, from {start}; every token's value once a step, before the first update"
+    return "critic", f"{text}; learning rate {_learning_rate(own)}" + _alone(critic.warmup_steps)
+
+
+def _alone(steps: int) -> str:
+    return f"; learns alone in the first {_count(steps, 'step')}" if steps else ""
 
 
 def _reject_lines(cfg: RunConfig) -> list[Line]:

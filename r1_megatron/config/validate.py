@@ -120,6 +120,7 @@ _AT_LEAST_ONE_OR_NULL = {
     "train": ("lr_decay_steps", "micro_batch_tokens", "recompute_num_layers"),
     "checkpoint": ("keep_last",),
     "sft": ("epochs",),
+    "reward_model": ("epochs",),
 }
 _NOT_NEGATIVE = {
     "": ("seed",),

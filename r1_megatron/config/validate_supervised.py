@@ -1,4 +1,4 @@
-"""What contradicts itself in the sections ``sft`` and ``distill``."""
+"""What contradicts itself in how long a stage learns from rows, and in the section ``distill``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from r1_megatron.config.schema import RunConfig, TrainConfig
 
 
 def supervised_problems(cfg: RunConfig) -> Iterator[str]:
-    """One sentence per problem of a supervised stage."""
-    sft, steps = cfg.sft, cfg.train.steps
-    if cfg.is_supervised and sft.epochs is not None and steps != TrainConfig.steps:
+    """One sentence per problem of a stage that learns from rows."""
+    name, steps = f"{cfg.rows_section}.epochs", cfg.train.steps
+    if cfg.epochs is not None and steps != TrainConfig.steps:
         yield (
-            f"sft.epochs({sft.epochs}) and train.steps({steps}) both say how long the run is. Leave train.steps out "
-            f"(its default: {TrainConfig.steps}), or set sft.epochs=null."
+            f"{name}({cfg.epochs}) and train.steps({steps}) both say how long the run is. Leave train.steps out "
+            f"(its default: {TrainConfig.steps}), or set {name}=null."
         )
     if cfg.stage != "distill":
         return

@@ -133,5 +133,8 @@ def _match(ordered: Sequence[Candidate], cfg: PairConfig) -> list[tuple[int, int
 
 
 def _comparable(a: Candidate, b: Candidate, cfg: PairConfig) -> bool:
+    """Neither is empty, which no reward model learns from, nor too long beside the other."""
+    if not (a.response.strip() and b.response.strip()):
+        return False
     shorter, longer = sorted((a.num_tokens, b.num_tokens))
     return cfg.max_length_ratio is None or longer <= cfg.max_length_ratio * max(shorter, 1)

@@ -203,7 +203,8 @@ def _why(cfg: RunConfig, hardware: Hardware, front: tuple[Found, ...], fitting: 
     yield (
         f"Fastest: {sizes_in_words(best.plan.cfg)}, {best.seconds:,.0f} s a step, "
         f"{best.memory / GIB:.1f} of {hardware.memory_bytes / GIB:.1f} GiB. Of the step {time.rollout:,.0f} s are "
-        f"sampling, {time.annotate:,.0f} s old and reference log-probabilities, {time.train:,.0f} s training."
+        f"sampling, {time.annotate:,.0f} s old and reference log-probabilities, {time.train:,.0f} s training"
+        f"{f', {time.of():,.0f} s other models' if time.others else ''}."
     )
     pairs = (
         ("tensor_model_parallel_size", "TP"),
@@ -231,6 +232,7 @@ def _difference(best: Found, rival: Found) -> str:
     one, two = best.plan.time, rival.plan.time
     assert one is not None and two is not None
     parts = {"sampling": two.rollout - one.rollout, "annotating": two.annotate - one.annotate}
+    parts["other models"] = two.of() - one.of()
     for name, seconds in two.pass_time.items():
         parts[name] = seconds - one.pass_time.get(name, 0.0)
     largest = sorted(parts.items(), key=lambda part: -abs(part[1]))[:3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from r1_megatron.planner.changes import in_words
@@ -12,7 +13,10 @@ from r1_megatron.planner.plan import HOST_SHARE, Plan
 from r1_megatron.planner.search import Search, sizes_in_words
 
 # Columns of the table of memory, in this order.
-_KINDS = ("weights", "gradients", "optimizer", "reference", "activations", "cache", "workspace", "fixed")
+_KINDS = (
+    "weights", "gradients", "optimizer", "reference", "critic", "reward_model", "activations", "cache", "workspace",
+    "fixed",
+)  # fmt: skip
 
 
 def show_plan(plan: Plan) -> str:
@@ -60,6 +64,10 @@ def show_search(found: Search, hardware_name: str, gpus: int) -> str:
     lines += ["", *found.why, "", f"The first of them: {in_words(found.front[0].changes) or 'the file as it is'}"]
     return "\n".join(lines)
 
+
+# Seconds of other models by kind, as parts of a step: in front of the log-probabilities, and behind them.
+_BEFORE = {"reward models": ("reward_model",)}
+_BESIDE = {"the critic's values": ("values",), "training of the critic": ("critic", "lending")}
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -128,12 +136,17 @@ def _seconds(plan: Plan) -> list[str]:
     assert time is not None and load is not None
     step = f"a step: {time.total:,.1f} s"
     if not plan.cfg.learns_from_rows:
-        rest = time.total - time.rollout - time.annotate - time.train
-        step += (
-            f" = sampling {time.rollout:,.0f} + old and reference log-probabilities {time.annotate:,.0f} + training "
-            f"{time.train:,.0f} + the rest {rest:,.0f}"
-        )
-    lines = [step]
+        rest = time.total - time.rollout - time.annotate - time.train - time.of()
+        parts = [
+            ("sampling", time.rollout),
+            *((name, time.of(*kinds)) for name, kinds in _BEFORE.items() if time.of(*kinds)),
+            ("old and reference log-probabilities", time.annotate),
+            *((name, time.of(*kinds)) for name, kinds in _BESIDE.items() if time.of(*kinds)),
+            ("training", time.train),
+            ("the rest", rest),
+        ]
+        step += " = " + " + ".join(f"{name} {seconds:,.0f}" for name, seconds in parts)
+    lines = [step, *(f"  {other.name}, {other.seconds:,.1f} s: {other.how}" for other in time.others)]
     inside = ", ".join(f"{name} {seconds:,.1f}" for name, seconds in time.pass_time.items() if seconds >= 0.05)
     if load.updates:
         lines += [
@@ -143,6 +156,12 @@ def _seconds(plan: Plan) -> list[str]:
             f"  {time.training_tokens_per_gpu:,.0f} tokens/s/GPU and {time.training_tflops:,.0f} TFLOP/s/GPU in "
             f"training, {time.tokens_per_gpu:,.1f} tokens/s/GPU over the whole step",
         ]
+    if plan.cfg.stage == "reward_model":
+        pairs = ", two to a pair" if plan.cfg.reward_model.objective == "pairs" else ""
+        lines.append(
+            f"  taken for granted: {load.sequences:,} sequences{pairs}, of {load.mean_length:,} tokens in the mean "
+            f"(--mean-response), {load.longest:,} at most; nothing is sampled"
+        )
     if not plan.cfg.learns_from_rows:
         lines.append(
             f"  taken for granted: prompts of {load.mean_prompt:,} and responses of {load.mean_response:,} tokens in "
@@ -186,6 +205,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
             "annotate": time.annotate,
             "train": time.train,
             "train_parts": time.pass_time,
+            "other_models": [asdict(other) for other in time.others],
         }
         data["tokens_per_second_per_gpu"] = time.tokens_per_gpu
         data["training_tokens_per_second_per_gpu"] = time.training_tokens_per_gpu

@@ -93,6 +93,9 @@ def workload(cfg: RunConfig, mean_response: int | None = None) -> Workload:
         updates, used_by = cfg.rl.num_minibatches * cfg.rl.inner_epochs, cfg.rl.num_minibatches
         kl = cfg.rl.kl_coef > 0
         annotations = (updates > 1 or (kl and cfg.rl.kl_in == "reward")) + kl
+    elif cfg.stage == "reward_model":
+        longest, sequences, updates, used_by = _longest_judged(cfg), cfg.rows_per_step, 1, 1
+        annotations = 0
     elif cfg.learns_from_rows:
         # Rows are as long as the model allows; a pack of one row is what the budget is usually set for.
         longest, sequences, updates, used_by = (cfg.train.micro_batch_tokens or limit), cfg.rows_per_step, 1, 1
@@ -104,7 +107,8 @@ def workload(cfg: RunConfig, mean_response: int | None = None) -> Workload:
         longest, sequences = limit, _sequences_of_an_evaluation(cfg)
         updates, used_by, annotations = 0, 1, 0
     budget = cfg.train.micro_batch_tokens
-    pack = max(longest, DYNAMIC_TOKENS) if budget is None else max(budget, longest)
+    together = 2 if cfg.stage == "reward_model" and cfg.reward_model.objective == "pairs" else 1
+    pack = max(together * longest, DYNAMIC_TOKENS if budget is None else budget)
     mean_prompt = min(USUAL_PROMPT, cfg.data.max_prompt_tokens)
     mean = max(1, (longest - mean_prompt) // USUAL_SHARE) if mean_response is None else mean_response
     mean = min(mean, max(1, longest - mean_prompt))
@@ -112,12 +116,22 @@ def workload(cfg: RunConfig, mean_response: int | None = None) -> Workload:
         mean_prompt, mean = 0, longest if mean_response is None else mean
     per_update = -(-sequences // (used_by * dp))
     length = mean_prompt + mean
-    packs = per_update / (pack // length) if cfg.learns_from_rows else per_update * length / (FILLED * pack)
+    fitting = pack // (together * length) * together
+    packs = per_update / fitting if cfg.learns_from_rows else per_update * length / (FILLED * pack)
     multiple = p.pipeline_model_parallel_size if vpp > 1 else 1
     microbatches = max(1, math.ceil(packs / multiple)) * multiple
     return Workload(
         sequences, updates, mean_prompt, mean, longest, pack, microbatches, annotations, dp * p.context_parallel_size
     )
+
+
+def _longest_judged(cfg: RunConfig) -> int:
+    """Tokens of a reward model's longest sequence. One that is not said is as long as a pack has room for."""
+    positions, budget = cfg.model.max_position_embeddings, cfg.train.micro_batch_tokens
+    asked = cfg.reward_model.max_tokens
+    if asked is None and budget is not None:
+        asked = budget // 2 if cfg.reward_model.objective == "pairs" else budget
+    return positions if asked is None else max(1, min(asked, positions))
 
 
 def _sequences_of_an_evaluation(cfg: RunConfig) -> int:

@@ -1,6 +1,6 @@
 """PPO (arXiv 1707.06347) with a critic and GAE: the baseline that GRPO's authors compare it with.
 
-    r1-megatron train examples/chain_sum_zero.yaml stage=ppo
+    r1-megatron train examples/chain_sum_ppo.yaml
 
 The loop is GRPO's, and so are sampling, grading, log-probabilities and the policy's loss. What differs is who says how
 good a token was: not the other answers to the prompt but a critic, a value model of its own on the same ranks

@@ -1,29 +1,28 @@
 """Reward models: one number for a whole answer, read at its last token, learned from what was preferred or allowed.
 
-    r1-megatron train reward.yaml stage=reward_model checkpoint.load=runs/sft/checkpoints/final
+    r1-megatron train examples/chain_sum_reward_model.yaml
 
 ``reward_model.objective: pairs`` learns from two answers to one prompt, the better one first (Bradley-Terry);
 ``pointwise`` from answers that are safe or not. DeepSeek-R1 trains one of each kind: helpfulness from pairs, safety
 from single answers (arXiv 2501.12948v2). The model is any policy's trunk under a value head
-(`model/value_head.py`), on the same layouts; a policy's checkpoint starts one with a fresh head.
+(`model/value_head.py`), on the same layouts; a policy's checkpoint starts one with a fresh head. The run is so many
+steps long (``train.steps``) or so many passes over the rows (``reward_model.epochs``).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
-from r1_megatron.config.schema import DataConfig, RewardModelConfig, RunConfig
+from r1_megatron.config.schema import RewardModelConfig, RunConfig
 from r1_megatron.data.loading import counted
-from r1_megatron.data.order import RowOrder
-from r1_megatron.data.preferences import PreferencePair, SafetyExample, load_preferences, load_safety
-from r1_megatron.data.prompts import check_same_order
+from r1_megatron.data.preferences import PreferencePair, SafetyExample
 from r1_megatron.rl.calibration import calibration_error
 from r1_megatron.stages.evaluate import end_step, evaluate_at_start
+from r1_megatron.stages.judgements import Judged, JudgementStream, read_judgements
 from r1_megatron.stages.roll_backs import rolls_back
 from r1_megatron.stages.setup import Run, data_share, open_run
 from r1_megatron.stages.step_profile import profiled_steps
@@ -31,21 +30,19 @@ from r1_megatron.train.step import train_step
 from r1_megatron.train.value_objectives import ScoreObjective, bradley_terry, pointwise, scored
 from r1_megatron.types import TrainSample
 
-Judged = PreferencePair | SafetyExample
-
 
 def run(cfg: RunConfig) -> None:
     """Read, score, learn."""
     objective = ScoreObjective(bradley_terry if cfg.reward_model.objective == "pairs" else pointwise)
     with open_run(cfg) as run:
-        assert cfg.data.path is not None
-        rows = run.checkpoints.track("judgements", JudgementStream(load_judgements(run, "data.path"), cfg.data))
-        held_out = load_judgements(run, "data.eval_path") if cfg.data.eval_path else []
+        assert run.judgements is not None
+        rows = run.checkpoints.track("judgements", JudgementStream(run.judgements, cfg.reward_model, cfg.data))
+        held_out = held_out_judgements(run)
         evaluation = functools.partial(evaluate_scores, held_out=held_out[: cfg.evaluate.num_prompts])
         evaluate_at_start(run, evaluation)
         for step in profiled_steps(run):
             with run.log.clock("data"):
-                batch = rows.take(cfg.reward_model.batch_size)
+                batch = rows.of_step(step)
                 mine = batch[run.groups.replica :: run.groups.topology.num_replicas]
                 samples = [sample for row in mine for sample in samples_of(row, cfg.reward_model, 1.0 / len(batch))]
             with run.log.clock("train"):
@@ -58,6 +55,7 @@ def run(cfg: RunConfig) -> None:
                 "train/loss": result.loss,
                 "train/updates": float(result.updated),
                 "train/skipped_updates": float(not result.updated),
+                "reward_model/epoch": rows.epochs,
                 "perf/total_num_tokens": float(sum(lengths)),
                 "perf/train_tokens": float(sum(lengths)),
                 "perf/train_flops": float(run.policy.flops.training(lengths)),
@@ -69,16 +67,13 @@ def run(cfg: RunConfig) -> None:
                 break
 
 
-def load_judgements(run: Run, name: str) -> Sequence[Judged]:
-    """The rows of ``data.path`` or ``data.eval_path``; sequences that the model has no positions for are left out or
-    refused."""
-    cfg = run.cfg
-    path = cfg.data.path if name == "data.path" else cfg.data.eval_path
-    load: Callable[..., Any] = load_preferences if cfg.reward_model.objective == "pairs" else load_safety
-    longest = min(cfg.reward_model.max_tokens or cfg.model.max_position_embeddings, cfg.model.max_position_embeddings)
-    rows = load(path, cfg.data, run.tokenizer, cfg.model.vocab_size, longest, data_share(cfg), name)
+def held_out_judgements(run: Run) -> Sequence[Judged]:
+    """The rows of ``data.eval_path``, if it is said."""
+    if not run.cfg.data.eval_path:
+        return []
+    rows = read_judgements(run.cfg, run.tokenizer, data_share(run.cfg), "data.eval_path")
     if rows.left_out:
-        run.log.note(f"{name}: {len(rows)} rows; left out: {counted(rows.left_out)}")
+        run.log.note(f"data.eval_path: {len(rows)} rows; left out: {counted(rows.left_out)}")
     return rows
 
 
@@ -139,23 +134,3 @@ def score_results(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "calibration_error": calibration_error(probabilities, asked.astype(float)),
     }
     return results | ({"margin": float(np.mean(gap))} if is_pairs else {})
-
-
-class JudgementStream:
-    """Endless rows, in a new order every epoch; the same on every rank."""
-
-    def __init__(self, rows: Sequence[Judged], data: DataConfig):
-        self._rows, self._order = rows, RowOrder([len(rows)], None, data.seed, data.shuffle)
-        self._position = 0
-
-    def state(self) -> dict[str, Any]:
-        """The place in the stream, and which rows it is over."""
-        return {"position": self._position, "num_rows": self._order.num_rows, "order": self._order.kind}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        check_same_order(state["num_rows"], state["order"], self._order, "rows")
-        self._position = state["position"]
-
-    def take(self, count: int) -> list[Judged]:
-        start, self._position = self._position, self._position + count
-        return [self._rows[self._order.at(place)[1]] for place in range(start, start + count)]

@@ -17,7 +17,7 @@ from r1_megatron.checkpoint.store import load_checkpoint
 from r1_megatron.checkpoint.writer import CheckpointWriter
 from r1_megatron.config.schema import RunConfig
 from r1_megatron.data.demonstrations import Demonstrations
-from r1_megatron.data.loading import ALONE, Share, counted
+from r1_megatron.data.loading import ALONE, Rows, Share, counted
 from r1_megatron.data.prompts import PromptSet, build_prompts
 from r1_megatron.data.rows import Part
 from r1_megatron.data.tasks import Task
@@ -33,6 +33,7 @@ from r1_megatron.rewards.base import Grader, build_rewards
 from r1_megatron.rollout.engine import Engine, build_engine
 from r1_megatron.stages.blocks import blocks_done, num_steps
 from r1_megatron.stages.checkpoints import RunCheckpoints
+from r1_megatron.stages.judgements import Judged, read_judgements
 from r1_megatron.stages.pace import Pace
 from r1_megatron.stages.readings import Readings
 from r1_megatron.stages.resume import SCALES_BEGIN_ANEW, can_resume, find_start, restore
@@ -48,7 +49,8 @@ class Run:
     """One stage on this rank. ``grader`` is there on one rank per model replica, which grades for the others;
     ``reward_models`` on all, by the number of their term.
 
-    ``rows`` are there in supervised stages. ``loaded`` describes the checkpoint that the weights are from.
+    ``rows`` are there in supervised stages, ``judgements`` where a reward model is trained. ``loaded`` describes the
+    checkpoint that the weights are from.
     """
 
     cfg: RunConfig
@@ -58,6 +60,7 @@ class Run:
     held_out: PromptSet
     task: Task | None
     rows: Demonstrations | None
+    judgements: Rows[Judged] | None
     policy: Policy
     engine: Engine
     grader: Grader | None
@@ -111,7 +114,7 @@ def _open_run(cfg: RunConfig, groups: ProcessGroups) -> Iterator[Run]:
             f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens. "
             f"Set model.vocab_size={tokenizer.vocab_size} or use the model's own tokenizer."
         )
-    # Supervised rows are no prompts, nor are preferences: these stages read their files themselves.
+    # Supervised rows are no prompts, nor are judgements.
     share = data_share(cfg)
     train_prompts, held_out, task = PromptSet(()), PromptSet(()), None
     if cfg.asks_held_out:
@@ -119,8 +122,11 @@ def _open_run(cfg: RunConfig, groups: ProcessGroups) -> Iterator[Run]:
             cfg.data, tokenizer, cfg.model.vocab_size, train=not cfg.is_supervised, share=share
         )
     rows = read_rows(cfg, tokenizer, share) if cfg.is_supervised else None
+    judgements = read_judgements(cfg, tokenizer, share, "data.path") if cfg.stage == "reward_model" else None
     if rows is not None:
         cfg = with_steps(cfg, rows.num_rows)
+    if judgements is not None:
+        cfg = with_steps(cfg, len(judgements))
     saved = find_start(cfg)
     done, total_steps = 0 if saved is None else saved.step, cfg.train.steps
     if cfg.stage == "reject":
@@ -155,6 +161,8 @@ def _open_run(cfg: RunConfig, groups: ProcessGroups) -> Iterator[Run]:
                 log.note(f"{len(prompts)} {what}; left out: {counted(prompts.left_out)}")
         if rows is not None and rows.left_out:
             log.note(f"{rows.num_rows} rows to learn from; left out: {counted(rows.left_out)}")
+        if judgements is not None and judgements.left_out:
+            log.note(f"data.path: {len(judgements)} rows; left out: {counted(judgements.left_out)}")
         restarts = cfg.resilience.max_reward_restarts
         grades = groups.is_replica_writer and cfg.stage != "reward_model"
         grader = stack.enter_context(build_rewards(cfg.reward, restarts)) if grades else None
@@ -191,6 +199,7 @@ def _open_run(cfg: RunConfig, groups: ProcessGroups) -> Iterator[Run]:
                 held_out,
                 task,
                 rows,
+                judgements,
                 policy,
                 engine,
                 grader,

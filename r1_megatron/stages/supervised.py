@@ -35,16 +35,17 @@ def read_rows(cfg: RunConfig, tokenizer: Tokenizer, share: Share) -> Demonstrati
 
 
 def with_steps(cfg: RunConfig, num_rows: int) -> RunConfig:
-    """``cfg`` with the steps that ``sft.epochs`` makes of so many rows, where it says so.
+    """``cfg`` with the steps that its epochs make of so many rows (or pairs), where it says so.
 
     Raises:
         ValueError: what the steps have to be more than, or to contain, is not so.
     """
-    sft, train = cfg.sft, cfg.train
-    if sft.epochs is None:
+    name, train = cfg.rows_section, cfg.train
+    if cfg.epochs is None:
         return cfg
-    steps = -(-sft.epochs * num_rows // sft.batch_size)
-    made = f"sft.epochs({sft.epochs}) * rows({num_rows}) / sft.batch_size({sft.batch_size}) makes {steps} steps"
+    batch_size = getattr(cfg, name).batch_size
+    steps = -(-cfg.epochs * num_rows // batch_size)
+    made = f"{name}.epochs({cfg.epochs}) * rows({num_rows}) / {name}.batch_size({batch_size}) makes {steps} steps"
     problems = []
     if train.lr_decay_steps is None and train.lr_warmup_steps >= steps:
         problems.append(f"train.lr_warmup_steps({train.lr_warmup_steps}) has to be less.")

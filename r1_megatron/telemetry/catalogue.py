@@ -113,6 +113,7 @@ CHAPTERS = (
             ("reward_model/accuracy", "share", "pairs whose better answer scores higher; rows on the right side of 0"),
             ("reward_model/margin", "", "what the better answer of a pair scores above the other"),
             ("reward_model/score", "", "mean score"),
+            ("reward_model/epoch", "", "passes over the rows"),
         ),
     ),
     Chapter(

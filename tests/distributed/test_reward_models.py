@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from r1_megatron.checkpoint.convert.to_hf import to_hugging_face
-from r1_megatron.config.schema import RewardConfig, RewardTermConfig, RunConfig
+from r1_megatron.config.schema import RewardConfig, RewardTermConfig, RunConfig, TrainConfig
 from r1_megatron.config.validate import validate_config
 from tests.distributed.layouts import LAYOUTS, world_size
 from tests.rank_pool import RankPool
@@ -90,6 +90,19 @@ def test_rows_that_are_safe_or_not_with_experts_on_two_ranks(ranks: RankPool, fi
     ranks.run(f"{CHECKS}:train", 2, parallel=LAYOUTS["ep2"], folder=str(tmp_path), files=str(files), sections=sections)
     last = metrics_of(tmp_path)[-1]
     assert last["eval/accuracy"] > 0.9 and "eval/margin" not in last
+
+
+def test_an_epoch_ends_with_the_pairs_that_are_left(ranks: RankPool, files: Path, tmp_path: Path):
+    """191 of 192 pairs, then one, which one of two data-parallel ranks has."""
+    sections = {"reward_model": {"batch_size": 191, "epochs": 1}, "train": {"steps": TrainConfig.steps}}
+    where = {"parallel": LAYOUTS["ep2"], "folder": str(tmp_path), "files": str(files)}
+    ranks.run(f"{CHECKS}:train", 2, sections=sections, timeout_s=100.0, **where)
+    rows = [row for row in metrics_of(tmp_path) if "reward_model/epoch" in row]
+    assert [row["reward_model/epoch"] for row in rows] == [191 / 192, 1.0]
+    assert all(math.isfinite(row["reward_model/loss"]) for row in rows)
+    before = {"reward_model/accuracy": 0.5, "reward_model/loss": pytest.approx(math.log(2))}
+    assert {name: rows[0][name] for name in before} == before
+    assert rows[1]["reward_model/accuracy"] in (0.0, 0.5, 1.0), "the mean over one pair"
 
 
 def test_its_scores_are_those_of_transformers(ranks: RankPool, trained: dict[str, Path], tmp_path: Path):

@@ -73,9 +73,20 @@ class RunConfig:
         return self.is_supervised or self.stage == "reward_model"
 
     @property
+    def rows_section(self) -> str:
+        """The section that says how many rows a step of such a stage takes, and how often each is taken."""
+        return "reward_model" if self.stage == "reward_model" else "sft"
+
+    @property
+    def epochs(self) -> int | None:
+        """Passes over the rows of such a stage; ``None``: ``train.steps`` decides."""
+        section = self.reward_model if self.stage == "reward_model" else self.sft
+        return section.epochs if self.learns_from_rows else None
+
+    @property
     def num_steps(self) -> int | None:
-        """Steps of the run; ``None``: as many as ``sft.epochs`` makes of the rows, which the run counts."""
-        return None if self.is_supervised and self.sft.epochs is not None else self.train.steps
+        """Steps of the run; ``None``: as many as ``epochs`` makes of the rows, which the run counts."""
+        return self.train.steps if self.epochs is None else None
 
     @property
     def rows_per_step(self) -> int:

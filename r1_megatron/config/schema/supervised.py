@@ -55,6 +55,8 @@ class RewardModelConfig:
     objective: Literal["pairs", "pointwise"] = "pairs"
     # Pairs, or rows, of a step.
     batch_size: int = 256
+    # Passes over the pairs, or rows, instead of train.steps, as `sft.epochs`; null: train.steps decides.
+    epochs: int | None = None
     # Longest sequence, prompt included; null: the model's positions. Longer ones: `data.on_long_prompt`.
     max_tokens: int | None = None
     # By how much the better answer's score has to exceed the other's, and how much more for each point that its judges

@@ -88,9 +88,10 @@ class RunRecord:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps of the whole run; ``None``: as many as ``sft.epochs`` makes of its rows."""
-        by_epochs = self.option("sft.epochs") and self.option("stage") in ("sft", "distill")
-        return None if by_epochs else self.option("train.steps")
+        """Steps of the whole run; ``None``: as many as ``epochs`` makes of its rows."""
+        sections = {"sft": "sft", "distill": "sft", "reward_model": "reward_model"}
+        section = sections.get(self.option("stage", ""))
+        return None if section and self.option(f"{section}.epochs") else self.option("train.steps")
 
     @property
     def last_time(self) -> float:

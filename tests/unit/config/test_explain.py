@@ -155,3 +155,28 @@ def test_every_stage_is_explained_in_aligned_columns(stage: str):
     assert ("minibatches" in text) == (stage == "grpo") and ("rows" in text) == (stage == "sft")
     columns = {len(line) - len(line[2:].split("  ", 1)[1].lstrip()) for line in text.splitlines() if line[:2] == "  "}
     assert len(columns) == 1
+
+
+def test_where_values_and_scores_come_from():
+    """Stage ppo with a reward model among its terms, and the training of one."""
+    ppo = load_config(ROOT / "examples/chain_sum_ppo.yaml")
+    critic = (
+        "critic the policy's shape under a value head, from runs/chain_sum_base/checkpoints/final; every token's value "
+        "once a step, before the first update; learning rate 0.001, constant; learns alone in the first 5 steps"
+    )
+    assert critic in lines_of(explain(ppo))
+    own = load_config(ROOT / "examples/chain_sum_ppo.yaml", ["critic.model={preset: demo, num_layers: 2}"])
+    assert any("critic demo under a value head, from random weights" in line for line in lines_of(explain(own)))
+    lines = lines_of(explain(load_config("recipe:rl_2")))
+    assert (
+        "reward.terms.3 runs/reward_helpful/checkpoints/final scores the summary at its last token, in its own "
+        "template and tokenizer, of general, from step 82 on"
+    ) in lines
+    trained = lines_of(explain(load_config(ROOT / "examples/chain_sum_reward_model.yaml")))
+    assert (
+        "pairs 32 pairs * 2 sequences = 64 a step, dealt to dp(1) ranks by their work; 10 epochs, and the last step "
+        "takes what is left"
+    ) in trained
+    assert any(
+        "score the value at the last token, of 64 at most; starts from runs/chain_sum_base" in x for x in trained
+    )

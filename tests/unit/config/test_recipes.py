@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from r1_megatron.config.load import ConfigError, dump_config, load_config, load_
 from r1_megatron.config.reading import recipe_names
 from r1_megatron.config.schema import LengthSwitch, RLConfig, RunConfig, SamplingConfig
 from r1_megatron.config.validate import validate_config
+from r1_megatron.pipeline.check import checked_pipeline
+from r1_megatron.planner.hardware import find_gpu
+from r1_megatron.planner.plan import make_plan
 from r1_megatron.planner.workload import workload
+from r1_megatron.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -50,6 +55,17 @@ PUBLISHED = {
     "rl_2": {**RL, "sampling.temperature": 0.7},
     "cold_start": COLD_START,
     "sft_2": COLD_START,
+    # Section 3.1: 66,000 pairs, whose mean scores differ by more than 1.
+    "reward_model": {
+        "stage": "reward_model",
+        "model.head": "value",
+        "reward_model.objective": "pairs",
+        "reward_model.batch_size": 256,
+        "reward_model.epochs": 1,
+        "reward_model.max_tokens": 8192,
+        "data.min_score_difference": 1.0,
+        "train.lr": 6e-6,
+    },
     "distill": {"stage": "distill", "sft.batch_size": 64, "sft.epochs": 2, "train.lr_decay_style": "cosine"},
 }
 
@@ -91,6 +107,23 @@ def test_the_batches_and_lengths_of_reinforcement():
         assert (language.on, language.weight) == ("reasoning", 1.0)
 
 
+def test_both_reward_models_of_the_paper_are_the_recipe(tmp_path: Path):
+    """On DeepSeek-V3, whose preset has a multi-token-prediction module: a value model has none."""
+    text = "inherits: recipe:reward_model\nmodel: {preset: deepseek_v3_671b}\ndata: {source: jsonl, path: x.jsonl}"
+    helpful = load_config(write(tmp_path, text))
+    safe = load_config(tmp_path / "run.yaml", ["reward_model.objective=pointwise"])
+    for cfg, sequences in ((helpful, 512), (safe, 256)):
+        assert validate_config(cfg, check_files=False) == []
+        assert (cfg.num_steps, cfg.epochs, cfg.rows_per_step) == (None, 1, sequences)
+        assert workload(cfg).longest == 8192 and workload(cfg).sequences == sequences
+    told = " ".join(explain(helpful).split())
+    assert "256 pairs * 2 sequences = 512 a step, dealt to dp(1) ranks by their work; 1 epoch, and the last" in told
+    assert "the value at the last token, of 8,192 at most; starts from random weights" in told
+    long = load_config(tmp_path / "run.yaml", ["train.steps=7"])
+    (problem,) = validate_config(long, check_files=False)
+    assert problem.startswith("reward_model.epochs(1) and train.steps(7) both say how long the run is.")
+
+
 def test_distillation_ends_at_a_tenth():
     cfg = load_config("recipe:distill")
     assert cfg.train.min_lr == pytest.approx(cfg.train.lr / 10)
@@ -110,6 +143,34 @@ def test_the_large_jobs_are_the_recipes(tmp_path: Path):
         assert {field: value(cfg, field) for field in published} == {f: PUBLISHED[recipe][f] for f in published}
 
 
+def test_the_pipeline_of_the_large_job_is_the_whole_recipe():
+    """Each node has its recipe's numbers, whatever file its layout is from, and fits its GPUs."""
+    nodes = checked_pipeline(ROOT / "slurm" / "r1_671b_pipeline.yaml", check_files=False).nodes
+    recipes = {
+        "zero": "r1_zero", "reasoning": "rl_1", "sft_2": "sft_2", "helpful": "reward_model", "r1": "rl_2",
+        "qwen_7b": "distill", "llama_8b": "distill",
+    }  # fmt: skip
+    for name, recipe in recipes.items():
+        cfg = nodes[name].config
+        assert {field: value(cfg, field) for field in PUBLISHED[recipe]} == PUBLISHED[recipe], name
+    reasoning, r1, rl_2 = nodes["reasoning"].config, nodes["r1"].config, load_config("recipe:rl_2")
+    assert reasoning.reward == load_config("recipe:rl_1").reward and reasoning.sampling.length_switches == ()
+    # The recipe's terms, but for where the reward models lie.
+    assert [replace(term, options={}) for term in r1.reward.terms] == [
+        replace(term, options={}) for term in rl_2.reward.terms
+    ]
+    assert [str(reference) for reference in nodes["r1"].references][:2] == [
+        "${helpful.reward_model}", "${safe.reward_model}",
+    ]  # fmt: skip
+    safe = nodes["safe"].config
+    assert replace(safe.reward_model, objective="pairs") == nodes["helpful"].config.reward_model
+    ranks = {512: 9, 256: 2, 32: 2}
+    counted = Counter(Topology.from_config(node.config.parallel).world_size for node in nodes.values())
+    assert counted == ranks
+    for node in nodes.values():
+        assert make_plan(node.config, find_gpu("h100-80gb"), with_remedy=False, with_time=False).fits, node.name
+
+
 def test_several_parents(tmp_path: Path):
     """The later win; what they inherit themselves comes before them."""
     write(tmp_path, "inherits: recipe:rl_1\nseed: 1\nrl: {kl_coef: 0.5}", "a.yaml")
@@ -125,7 +186,7 @@ def test_several_parents(tmp_path: Path):
     ("text", "message"),
     [
         ("inherits: recipe:r1_zer", "there is no recipe:r1_zer. Did you mean recipe:r1_zero?"),
-        ("inherits: [recipe:xyz]", "Known: cold_start, distill, r1_zero, rl_1, rl_2, sft_2."),
+        ("inherits: [recipe:xyz]", "Known: cold_start, distill, r1_zero, reward_model, rl_1, rl_2, sft_2."),
         ("rl: {algorithm: dappo}", 'rl.algorithm: "dappo" is not a choice. Did you mean dapo?'),
     ],
 )

@@ -173,3 +173,10 @@ def test_bins_hold_every_share_once() -> None:
         assert names[0] == "0" and names[-1] == "1" and "0" not in names[1:] and "1" not in names[:-1]
     assert [bin_of(right, 4) for right in (1, 2, 3)] == ["(0, 0.25]", "(0.25, 0.5]", "(0.5, 0.75]"]
     assert bin_of(63, 64) == "(0.75, 1)"
+
+
+def test_an_empty_response_is_no_half_of_a_pair() -> None:
+    """A policy may end at once; rows of pairs need text (`data/formats.py`)."""
+    empty, good = candidate(0, " \n", reward=0.0), candidate(1, "good", reward=1.0)
+    assert pairs_by_reward([empty, good], {0: "wrong", 1: ""}, PairConfig(min_difference=0.5)) == []
+    assert pairs_to_compare([empty, good], PairConfig(), seed=1) == []
