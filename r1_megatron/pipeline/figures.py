@@ -16,17 +16,22 @@ _OF_STEPS = {
     "critic/score/mean": "reward",
     "response_length/mean": "length",
 }
-_OF_EVALUATIONS = {"eval/loss": "held-out loss", "eval/sampled_accuracy": "held-out accuracy"}
+_OF_EVALUATIONS = {
+    "eval/loss": "held-out loss",
+    "eval/accuracy": "held-out accuracy",
+    "eval/sampled_accuracy": "held-out accuracy",
+}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """``low`` and ``high``: its 95% confidence interval, where there is one."""
+    """``low`` and ``high``: its 95% confidence interval, where there is one; ``benchmark``: which one it is of."""
 
     name: str
     value: float
     low: float | None = None
     high: float | None = None
+    benchmark: str = ""
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
@@ -38,6 +43,25 @@ class Figure:
 class Figures:
     steps: int | None = None
     figures: list[Figure] = field(default_factory=list)
+
+    def brief(self) -> str:
+        """In one line: of an evaluation the first figure of each benchmark."""
+        seen = set()
+        shown = []
+        for figure in self.figures:
+            if figure.benchmark not in seen:
+                shown.append(f"{figure.benchmark} {figure}".strip())
+            if figure.benchmark:
+                seen.add(figure.benchmark)
+        return ", ".join(shown)
+
+    def by_benchmark(self) -> dict[str, str]:
+        """All figures of each benchmark."""
+        found: dict[str, list[str]] = {}
+        for figure in self.figures:
+            if figure.benchmark:
+                found.setdefault(figure.benchmark, []).append(str(figure))
+        return {benchmark: ", ".join(shown) for benchmark, shown in found.items()}
 
 
 def read_figures(folder: Path, stage: str) -> Figures:
@@ -62,7 +86,7 @@ def evaluation_figures(path: Path) -> list[Figure]:
     found = []
     for entry in benchmarks_in(path):
         for name, figure in entry["figures"].items():
-            found.append(Figure(f"{entry['name']} {name}", figure["value"], figure["low"], figure["high"]))
+            found.append(Figure(name, figure["value"], figure["low"], figure["high"], entry["name"]))
     return found
 
 

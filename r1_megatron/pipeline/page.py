@@ -153,7 +153,7 @@ def _nodes(state: PipelineState) -> str:
             "" if found is None or found.steps is None else str(found.steps),
             duration(seconds) if seconds else "",
             text(", ".join(each.node.needs)),
-            text(", ".join(map(str, found.figures)) if found else each.said),
+            text(found.brief() if found else each.said),
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     heads = "".join(f"<th>{head}</th>" for head in ("node", "stage", "state", "steps", "time", "needs", "figures"))

@@ -36,7 +36,7 @@ def _cells(each: NodeState) -> tuple[str, str, str, str, str]:
     steps = "" if found.steps is None else f"{found.steps} steps"
     seconds = seconds_of(each.folder)
     size = ", ".join(part for part in (steps, duration(seconds) if seconds else "") if part)
-    said = "; ".join(part for part in (each.said, ", ".join(map(str, found.figures))) if part)
+    said = "; ".join(part for part in (each.said, found.brief()) if part)
     return each.node.name, each.node.stage, each.state, size, said
 
 
@@ -53,6 +53,9 @@ def _details(each: NodeState, code: str) -> Iterator[str]:
         return
     for name, output in each.provenance["outputs"].items():
         yield f"out  {name} = {output['path']} ({output['sha256'][:8]})"
+    if each.folder is not None:
+        for benchmark, figures in read_figures(each.folder, each.node.stage).by_benchmark().items():
+            yield f"     {benchmark}: {figures}"
     if (made := code_of(each.provenance)) != code:
         yield f"made by other code: {made}; now {code}"
 

@@ -138,6 +138,16 @@ def test_what_rejection_sampling_says(tmp_path: Path) -> None:
     assert [str(figure) for figure in figures] == ["sampled 61,440", "right 130", "kept 14"]
 
 
+def test_what_an_evaluation_says(tmp_path: Path) -> None:
+    figures = {"pass@1": {"value": 0.5, "low": 0.4, "high": 0.6}, "greedy": {"value": 0.75, "low": 0.7, "high": 0.8}}
+    benchmarks = [{"name": "sums", "figures": figures}, {"name": "stories", "figures": figures}]
+    (tmp_path / "evaluation.json").write_text(json.dumps({"benchmarks": benchmarks}))
+    found = read_figures(tmp_path, "evaluate")
+    assert found.brief() == "sums pass@1 50.0% [40.0, 60.0], stories pass@1 50.0% [40.0, 60.0]"
+    each = "pass@1 50.0% [40.0, 60.0], greedy 75.0% [70.0, 80.0]"
+    assert found.by_benchmark() == {"sums": each, "stories": each}
+
+
 def test_every_stage_makes_something() -> None:
     assert set(get_args(Stage)) <= set(MAKES)
 
