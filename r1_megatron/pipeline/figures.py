@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Figures:
+    """``flops``: model FLOPs of training and sampling so far, where the stage counts them."""
+
     steps: int | None = None
     figures: list[Figure] = field(default_factory=list)
+    flops: float = 0.0
 
     def brief(self) -> str:
         """In one line: of an evaluation the first figure of each benchmark."""
@@ -70,7 +73,7 @@ def read_figures(folder: Path, stage: str) -> Figures:
     if stage == "evaluate":
         return Figures(None, evaluation_figures(folder / "evaluation.json"))
     if stage == "reject":
-        return Figures(None, _kept(folder / "manifest.json"))
+        return Figures(None, _kept(folder / "manifest.json"), _flops(rows))
     steps = [row for row in rows if "train/updates" in row]
     names = {**_OF_STEPS, **_OF_EVALUATIONS}
     found = []
@@ -78,7 +81,11 @@ def read_figures(folder: Path, stage: str) -> Figures:
         values = [row[name] for row in rows if row.get(name) is not None]
         if values:
             found.append(Figure(shown, float(values[-1])))
-    return Figures(steps[-1]["step"] if steps else 0, found)
+    return Figures(steps[-1]["step"] if steps else 0, found, _flops(rows))
+
+
+def _flops(rows: Sequence[Mapping[str, Any]]) -> float:
+    return sum(row.get("perf/train_flops", 0.0) + row.get("perf/rollout_flops", 0.0) for row in rows)
 
 
 def evaluation_figures(path: Path) -> list[Figure]:

@@ -152,9 +152,12 @@ def _nodes(state: PipelineState) -> str:
             text(each.state),
             "" if found is None or found.steps is None else str(found.steps),
             duration(seconds) if seconds else "",
+            f"{found.flops / 1e12:.3g}" if found and found.flops else "",
             text(", ".join(each.node.needs)),
             text(found.brief() if found else each.said),
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = "".join(f"<th>{head}</th>" for head in ("node", "stage", "state", "steps", "time", "needs", "figures"))
+    heads = "".join(
+        f"<th>{head}</th>" for head in ("node", "stage", "state", "steps", "time", "TFLOP", "needs", "figures")
+    )
     return f"<section><h2>Nodes</h2><table><tr>{heads}</tr>{''.join(rows)}</table></section>\n"

@@ -35,7 +35,8 @@ def _cells(each: NodeState) -> tuple[str, str, str, str, str]:
     found = read_figures(each.folder, each.node.stage)
     steps = "" if found.steps is None else f"{found.steps} steps"
     seconds = seconds_of(each.folder)
-    size = ", ".join(part for part in (steps, duration(seconds) if seconds else "") if part)
+    compute = f"{found.flops / 1e12:.3g} TFLOP" if found.flops else ""
+    size = ", ".join(part for part in (steps, duration(seconds) if seconds else "", compute) if part)
     said = "; ".join(part for part in (each.said, found.brief()) if part)
     return each.node.name, each.node.stage, each.state, size, said
 

@@ -122,6 +122,7 @@ class StepReport:
             mine.max("rl/resamples", self.num_resamples)
         mine.sum("reward/failed", self.num_failed)
         mine.sum("perf/total_num_tokens", sum(len(rollout.tokens) for rollout in rollouts))
+        mine.sum("perf/rollout_flops", sum(self._flops_of(group) for group in groups))
         if self._run.cfg.sampling.length_switches:
             mine.max("rollout/max_new_tokens", self.max_new_tokens)
         engine = of_several_calls(self.engine_metrics or [self._run.engine.metrics])
@@ -132,6 +133,12 @@ class StepReport:
                 (mine.sum if name.endswith(_SUMMED) else mine.max)(name, value)
         if self.num_expired_tokens:
             mine.sum("rollout/cancelled_num_tokens", self.num_expired_tokens)
+
+    def _flops_of(self, group: GradedGroup) -> int:
+        """Model FLOPs of sampling a group: its prompt once, every token of its responses but the last ones, which
+        nothing follows."""
+        flops, prompt = self._run.policy.flops, len(group.prompt.tokens)
+        return flops.forward(prompt) + sum(flops.forward(one.num_response - 1, prompt) for one in group.rollouts)
 
     def _of_source(self, mine: Metrics, group: GradedGroup) -> None:
         """Of the sources that a reward term names: how each fares on its own."""

@@ -185,6 +185,7 @@ CHAPTERS = (
             ("perf/total_num_tokens", "tokens", "prompt and response tokens of the step, all ranks together"),
             ("perf/throughput", "tokens/s", "those tokens over the whole step"),
             ("perf/tokens_per_second_per_gpu", "tokens/s", "the same per rank"),
+            ("perf/rollout_flops", "FLOP", "model FLOPs of the step's samples, a prompt counted once for its group"),
             ("perf/train_tokens", "tokens", "tokens of forward and backward passes, all ranks together"),
             ("perf/shared_tokens", "tokens", "of those, prompts that another sample's pass has computed (no FLOPs)"),
             ("perf/train_flops", "FLOP", "model FLOPs of forward and backward passes, all ranks together"),

@@ -188,6 +188,12 @@ def test_a_profiled_step(runs: Runs, ranks: RankPool, tmp_path: Path, name: str)
     shared = [prompts[request] - 1 if i % 4 else 0 for i, request in enumerate(sorted(prompts))]
     assert rows[1]["perf/shared_tokens"] == sum(shared) > 0
     assert rows[1]["perf/train_flops"] == model_flops(MODEL).training(lengths, shared)
+    # Token by token: what each costs behind those before it.
+    cost, drawn = model_flops(MODEL), 0
+    for i, request in enumerate(sorted(prompts)):
+        places = range(prompts[request] if i % 4 else 0, sampled[request] - 1)
+        drawn += sum(cost.per_token + cost.per_pair * (place + 1) for place in places)
+    assert rows[1]["perf/rollout_flops"] == drawn
     assert found["metrics"]["perf/train_flops"] == rows[1]["perf/train_flops"]
     assert found["mfu"] == pytest.approx(rows[1]["perf/mfu"])
     assert "MFU of training" in (profile / "step_2.txt").read_text()
