@@ -5,7 +5,7 @@
 
 Where to read on: ``read.py`` (the file), ``artefacts.py`` (what stages make and take), ``check.py`` (everything wrong
 with it, before anything starts), ``store.py`` (keys, folders, provenance), ``driver.py`` (one node after the other),
-``status.py`` and ``page.py`` (what is said about it).
+``status.py``, ``findings.py`` and ``page.py`` (what is said about it).
 
 No torch, no ranks: a node is a process of ``r1-megatron train`` or a job step of Slurm.
 """

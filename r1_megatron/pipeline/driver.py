@@ -21,9 +21,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from r1_megatron.pipeline.findings import claims_text, evaluations_of, findings
 from r1_megatron.pipeline.page import write_page
 from r1_megatron.pipeline.read import Pipeline
-from r1_megatron.pipeline.state import Progress
+from r1_megatron.pipeline.state import Progress, read_state
 from r1_megatron.pipeline.store import Job, Provenance, Store
 from r1_megatron.telemetry.run_folder import hold
 from r1_megatron.telemetry.writers import duration
@@ -75,6 +76,9 @@ def _run(pipeline: Pipeline, command: Callable[[Job], Sequence[str]], lock: int)
         made[node.name] = found
     store.save()
     _say(f"{pipeline.name}: all {len(pipeline.nodes)} nodes are done; {write_page(pipeline)}")
+    if pipeline.claims:
+        state = read_state(pipeline)
+        print("\n".join(claims_text(state, findings(state, evaluations_of(state)))), flush=True)
     return 0
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from r1_megatron import __version__
 from r1_megatron.evaluation.compare import compare, signed, verdict
-from r1_megatron.evaluation.results import INTERVALS, read_evaluation
+from r1_megatron.evaluation.results import INTERVALS
 from r1_megatron.pipeline.figures import read_figures
+from r1_megatron.pipeline.findings import Finding, evaluations_of, findings
 from r1_megatron.pipeline.read import Pipeline
-from r1_megatron.pipeline.state import PipelineState, artefact_paths, read_state
+from r1_megatron.pipeline.state import PipelineState, read_state
 from r1_megatron.pipeline.store import seconds_of
 from r1_megatron.telemetry import report as run_report
 from r1_megatron.telemetry.report.text import text
@@ -46,15 +46,39 @@ def page(state: PipelineState) -> str:
 <body>
 <header class="top"><h1>{name}</h1><p class="soft">{done} of {len(state.nodes)} nodes are done</p></header>
 <main>
-{_comparison(state)}{_nodes(state)}</main>
+{_compared(state)}{_nodes(state)}</main>
 </body>
 </html>
 """
 
 
-def _comparison(state: PipelineState) -> str:
+def _compared(state: PipelineState) -> str:
+    evaluations = evaluations_of(state)
+    return _claims(state, findings(state, evaluations)) + _comparison(state, evaluations)
+
+
+def _claims(state: PipelineState, found: Sequence[Finding]) -> str:
+    """Claim by claim what has come out."""
+    if not state.pipeline.claims:
+        return ""
+    heads = ("", "benchmark", "figure", "before", "after", "difference", "verdict", "TFLOP")
+    body = []
+    for claim in state.pipeline.claims:
+        mine = [one for one in found if one.claim is claim]
+        body += [[claim.say, *_finding(one)] for one in mine] or [[claim.say, "nothing to compare yet", *[""] * 6]]
+    said = "Each is tested on the problems of both models, in pairs: it holds, or fails, where the whole interval of "
+    said += "the difference lies on one side of zero. TFLOP: what the two nodes have computed."
+    return f'<section><h2>Claims</h2><p class="soft">{text(said)}</p>{_table(heads, body)}</section>\n'
+
+
+def _finding(one: Finding) -> list[str]:
+    base, other = (f"{label} {100 * value:.1f}" for label, value in zip((one.claim.than, one.claim.better), one.values))
+    cost = " to ".join(f"{flops / 1e12:.3g}" for flops in one.flops if flops)
+    return [one.benchmark, one.figure, base, other, signed(one.difference), one.verdict, cost]
+
+
+def _comparison(state: PipelineState, evaluations: Mapping[str, dict[str, Any]]) -> str:
     """Per benchmark the figures of all evaluations, and how the others differ from the first one, in pairs."""
-    evaluations = _evaluations(state)
     entries: dict[str, dict[str, Mapping[str, Any]]] = {}
     for label, evaluation in evaluations.items():
         for entry in evaluation["benchmarks"]:
@@ -79,18 +103,6 @@ def _comparison(state: PipelineState) -> str:
     if not parts:
         return ""
     return f'<section><h2>Compared</h2><p class="soft">Per cent. {text(INTERVALS)}</p>{"".join(parts)}</section>\n'
-
-
-def _evaluations(state: PipelineState) -> dict[str, dict[str, Any]]:
-    """Those of `compare` that there are, by label."""
-    by_node = {each.node.name: each for each in state.nodes}
-    found = {}
-    for label, reference in state.pipeline.compare.items():
-        path = artefact_paths(by_node[reference.node]).get(reference.artefact)
-        if path is not None:
-            with contextlib.suppress(ValueError):  # not made yet
-                found[label] = read_evaluation(path)
-    return found
 
 
 def _differences(state: PipelineState, evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

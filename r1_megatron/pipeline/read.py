@@ -18,6 +18,7 @@
             load: ${base.checkpoint}
     compare:                        # rows of the report, from nodes of stage evaluate
       Base: ${evaluate_base.evaluation}
+    claims: [...]                   # what the report should show of them (claims.py)
 
 What is said later wins: ``defaults``, ``like``, ``file``, ``config``, the command line (``zero.train.steps=5``,
 ``zero.file=other.yaml``, ``output_dir=runs/other``). Section by section as in ``config/load.py``.
@@ -38,9 +39,10 @@ from r1_megatron.config.load import ConfigError, load_config
 from r1_megatron.config.reading import RECIPE, parse, read_chain
 from r1_megatron.config.schema import RunConfig
 from r1_megatron.pipeline.artefacts import Reference, read_reference, texts
+from r1_megatron.pipeline.claims import Claim, read_claims
 
 CODE_POLICIES = ("recorded", "version", "source")
-_KEYS = ("name", "output_dir", "code", "defaults", "nodes", "compare")
+_KEYS = ("name", "output_dir", "code", "defaults", "nodes", "compare", "claims")
 _NODE_KEYS = ("file", "like", "config")
 
 
@@ -64,7 +66,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """``nodes`` in an order in which they can run. ``compare``: rows of the report and what each shows."""
+    """``nodes`` in an order in which they can run. ``compare``: rows of the report and what each shows; ``claims``:
+    what is put to the test between them."""
 
     path: Path
     name: str
@@ -72,6 +75,7 @@ class Pipeline:
     code: str
     nodes: Mapping[str, Node]
     compare: Mapping[str, Reference]
+    claims: tuple[Claim, ...] = ()
 
 
 def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipeline, list[str]]:
@@ -98,7 +102,8 @@ def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipe
     nodes = {node.name: node for node in reader.nodes()}
     output_dir = Path(str(tree.get("output_dir") or f"runs/{name}"))
     compare = _compare(tree.get("compare"), problems)
-    return Pipeline(path, name, output_dir, code, _in_order(nodes, problems), compare), problems
+    claims = read_claims(tree.get("claims"), list(tree.get("compare") or ()), problems)
+    return Pipeline(path, name, output_dir, code, _in_order(nodes, problems), compare, claims), problems
 
 
 class _Reader:

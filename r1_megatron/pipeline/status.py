@@ -8,9 +8,11 @@ base        sft       done          500 steps   3m20s   loss 0.312, held-out acc
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from r1_megatron.pipeline.figures import read_figures
+from r1_megatron.pipeline.findings import claims_text, evaluations_of, findings
 from r1_megatron.pipeline.state import NodeState, PipelineState
 from r1_megatron.pipeline.store import Provenance, code_now, seconds_of
 from r1_megatron.telemetry.writers import duration
@@ -26,6 +28,7 @@ def status_text(state: PipelineState) -> str:
         *cells, said = _cells(each)
         lines += ["", "  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)) + f"  {said}".rstrip()]
         lines += [f"      {line}" for line in _details(each, now)]
+    lines += claims_text(state, findings(state, evaluations_of(state)))
     return "\n".join(lines)
 
 
@@ -116,4 +119,5 @@ def as_dict(state: PipelineState) -> dict[str, Any]:
             }
             for each in state.nodes
         ],
+        "findings": [asdict(one) | {"verdict": one.verdict} for one in findings(state, evaluations_of(state))],
     }
