@@ -45,7 +45,7 @@ _TAKES = (
 )
 _DATA = r"data\.(path|sources\.\d+\.path)"
 # Of reinforcement and rejection sampling it is prompts with labels, which none of the artefacts are.
-_DATA_OF = {"sft": (ROWS,), "distill": (ROWS,), "reward_model": (PAIRS,)}
+_DATA_OF = {"sft": (_DATA, ROWS), "distill": (_DATA, ROWS), "reward_model": (r"data\.(eval_)?path", PAIRS)}
 
 _REFERENCE = re.compile(r"\$\{(\w+)\.(\w+)\}")
 
@@ -67,7 +67,8 @@ def kinds_taken(stage: str, name: str) -> tuple[str, ...]:
     for pattern, kinds in _TAKES:
         if re.fullmatch(pattern, name):
             return kinds
-    return _DATA_OF.get(stage, ()) if re.fullmatch(_DATA, name) else ()
+    pattern, kind = _DATA_OF.get(stage, ("", ""))
+    return (kind,) if pattern and re.fullmatch(pattern, name) else ()
 
 
 def texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

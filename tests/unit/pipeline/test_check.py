@@ -13,7 +13,7 @@ import yaml
 
 from r1_megatron.config.load import ConfigError
 from r1_megatron.config.schema import Stage
-from r1_megatron.pipeline.artefacts import MAKES
+from r1_megatron.pipeline.artefacts import MAKES, PAIRS, ROWS, kinds_taken
 from r1_megatron.pipeline.check import checked_pipeline
 from r1_megatron.pipeline.figures import read_figures
 from r1_megatron.pipeline.read import read_pipeline
@@ -146,6 +146,11 @@ def test_what_an_evaluation_says(tmp_path: Path) -> None:
     assert found.brief() == "sums pass@1 50.0% [40.0, 60.0], stories pass@1 50.0% [40.0, 60.0]"
     each = "pass@1 50.0% [40.0, 60.0], greedy 75.0% [70.0, 80.0]"
     assert found.by_benchmark() == {"sums": each, "stories": each}
+
+
+def test_pairs_are_learned_from_and_held_out() -> None:
+    assert kinds_taken("reward_model", "data.path") == kinds_taken("reward_model", "data.eval_path") == (PAIRS,)
+    assert kinds_taken("sft", "data.path") == (ROWS,) and kinds_taken("sft", "data.eval_path") == ()
 
 
 def test_every_stage_makes_something() -> None:
