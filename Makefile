@@ -17,7 +17,7 @@ RUNS ?= runs/demo
 SOURCES := $(shell find csrc -type f)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slurm bench gpu-check lint format install clean
+.PHONY: demo test test-slurm test-pipeline bench gpu-check lint format install clean
 
 demo: install
 	@$(BIN)/python tools/demo.py --runs $(RUNS)
@@ -29,6 +29,10 @@ test: install
 # munge; without them it says so and passes.
 test-slurm: install
 	@$(BIN)/python -m pytest -rs tests/slurm/on_real_slurm.py
+
+# Every node of the tiny pipeline in a few steps, killed in one of every stage: five minutes.
+test-pipeline: install
+	@$(BIN)/python -m pytest -q tests/e2e/whole_recipe.py
 
 # The operators against their peers on this CPU. `make bench ARGS=--write` puts the table into BENCHMARKS.md.
 bench: install

@@ -8,6 +8,7 @@
         than: R1-Zero
         figures: [term:format]         # those of an evaluation; default: pass@1
         benchmarks: [bilingual]        # default: all that have them
+        otherwise: What may be the reason if it does not hold.
 
 ``findings.py`` says what has come out of them.
 """
@@ -19,18 +20,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_KEYS = ("say", "better", "than", "figures", "benchmarks")
+_KEYS = ("say", "better", "than", "figures", "benchmarks", "otherwise")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """``better`` and ``than`` are rows of ``compare``; empty ``benchmarks``: all that have the figures."""
+    """``better`` and ``than`` are rows of ``compare``; empty ``benchmarks``: all that have the figures; ``otherwise``:
+    what is said where it does not hold everywhere."""
 
     say: str
     better: str
     than: str
     figures: tuple[str, ...] = ("pass@1",)
     benchmarks: tuple[str, ...] = ()
+    otherwise: str = ""
 
 
 def read_claims(tree: Any, compared: Sequence[str], problems: list[str]) -> tuple[Claim, ...]:
@@ -45,8 +48,9 @@ def read_claims(tree: Any, compared: Sequence[str], problems: list[str]) -> tupl
         wrong = list(_wrong(entry, compared))
         problems += [f"claims.{number}{problem}" for problem in wrong]
         if not wrong:
+            reason = {"otherwise": entry["otherwise"]} if "otherwise" in entry else {}
             several = {key: tuple(map(str, entry[key])) for key in ("figures", "benchmarks") if entry.get(key)}
-            found.append(Claim(str(entry["say"]), str(entry["better"]), str(entry["than"]), **several))
+            found.append(Claim(entry["say"], entry["better"], entry["than"], **several, **reason))
     return tuple(found)
 
 
@@ -57,7 +61,7 @@ def _wrong(entry: Any, compared: Sequence[str]) -> Iterator[str]:
     for key in entry:
         if key not in _KEYS:
             yield f".{key}: unknown key. Known: {', '.join(_KEYS)}."
-    for key in ("say", "better", "than"):
+    for key in ("say", "better", "than", *(["otherwise"] if "otherwise" in entry else [])):
         if not isinstance(entry.get(key), str) or not entry[key]:
             yield f".{key}: expected a text."
     for key in ("better", "than"):

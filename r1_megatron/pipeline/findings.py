@@ -86,7 +86,13 @@ def claims_text(state: PipelineState, found: Sequence[Finding]) -> list[str]:
         mine = [finding for finding in found if finding.claim is claim]
         lines += ["", f"  {claim.say}{_cost(mine[0]) if mine else ''}"]
         lines += [f"      {finding}" for finding in mine] or ["      nothing to compare yet"]
+        lines += [f"      {claim.otherwise}"] if needs_a_reason(claim, mine) else []
     return lines
+
+
+def needs_a_reason(claim: Claim, found: Sequence[Finding]) -> bool:
+    """Whether a claim that does not hold everywhere says what may be the reason."""
+    return bool(claim.otherwise) and any(finding.verdict != "holds" for finding in found)
 
 
 def _cost(finding: Finding) -> str:

@@ -10,7 +10,7 @@ from r1_megatron import __version__
 from r1_megatron.evaluation.compare import compare, signed, verdict
 from r1_megatron.evaluation.results import INTERVALS
 from r1_megatron.pipeline.figures import read_figures
-from r1_megatron.pipeline.findings import Finding, evaluations_of, findings
+from r1_megatron.pipeline.findings import Finding, evaluations_of, findings, needs_a_reason
 from r1_megatron.pipeline.read import Pipeline
 from r1_megatron.pipeline.state import PipelineState, read_state
 from r1_megatron.pipeline.store import seconds_of
@@ -65,9 +65,11 @@ def _claims(state: PipelineState, found: Sequence[Finding]) -> str:
     body = []
     for claim in state.pipeline.claims:
         mine = [one for one in found if one.claim is claim]
-        body += [[claim.say, *_finding(one)] for one in mine] or [[claim.say, "nothing to compare yet", *[""] * 6]]
+        what = f"{claim.say} {claim.otherwise}" if needs_a_reason(claim, mine) else claim.say
+        body += [[what, *_finding(one)] for one in mine] or [[what, "nothing to compare yet", *[""] * 6]]
     said = "Each is tested on the problems of both models, in pairs: it holds, or fails, where the whole interval of "
-    said += "the difference lies on one side of zero. TFLOP: what the two nodes have computed."
+    said += "the difference lies on one side of zero. TFLOP: what the two nodes have computed, "
+    said += "training and sampling; what they started and learned from is not in it."
     return f'<section><h2>Claims</h2><p class="soft">{text(said)}</p>{_table(heads, body)}</section>\n'
 
 

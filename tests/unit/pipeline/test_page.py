@@ -52,7 +52,7 @@ def test_evaluations_are_compared_in_pairs(tmp_path: Path, monkeypatch: pytest.M
 CLAIMS = """
 claims:
   - {say: Late is better than early., better: Late, than: Early}
-  - {say: And the other way round., better: Early, than: Late, figures: [pass@1, greedy], benchmarks: [sums]}
+  - {say: And the other way round., better: Early, than: Late, figures: [pass@1, greedy], otherwise: Late!}
   - {say: Never is best., better: Never, than: Late}
 """
 
@@ -80,6 +80,7 @@ def test_claims_are_put_to_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found[0].values == (0.0, 0.5625) and found[0].num_problems == 40  # 30 of 40 problems, 3 of 4 samples
     said = "\n".join(claims_text(state, found))
     assert "Late is better than early.\n      sums pass@1 56.2% against 0.0%, +56.2 [+" in said
+    assert said.count("Late!") == 1 and page.page(state).count("Late!") == 2  # there, in each of its rows
     assert said.endswith("Never is best.\n      nothing to compare yet")
     html = page.page(state)
     assert "<td>holds</td>" in html and "<td>fails</td>" in html and "nothing to compare yet" in html
@@ -88,7 +89,7 @@ def test_claims_are_put_to_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("claims", "said"),
     [
-        ("oops", "claims: expected a list, of say, better, than, figures, benchmarks each."),
+        ("oops", "claims: expected a list, of say, better, than, figures, benchmarks, otherwise each."),
         ("[oops]", "claims.0: expected say, better, than"),
         (
             "[{say: x, better: Late, than: Earlie}]",
