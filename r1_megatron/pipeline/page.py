@@ -61,22 +61,28 @@ def _claims(state: PipelineState, found: Sequence[Finding]) -> str:
     """Claim by claim what has come out."""
     if not state.pipeline.claims:
         return ""
-    heads = ("", "benchmark", "figure", "before", "after", "difference", "verdict", "TFLOP")
-    body = []
+    said = "Each is tested on the problems of both models, in pairs: it holds, or fails, where the whole interval of "
+    said += "the difference lies on one side of zero."
+    parts = [f'<p class="soft">{text(said)}</p>']
     for claim in state.pipeline.claims:
         mine = [one for one in found if one.claim is claim]
-        what = f"{claim.say} {claim.otherwise}" if needs_a_reason(claim, mine) else claim.say
-        body += [[what, *_finding(one)] for one in mine] or [[what, "nothing to compare yet", *[""] * 6]]
-    said = "Each is tested on the problems of both models, in pairs: it holds, or fails, where the whole interval of "
-    said += "the difference lies on one side of zero. TFLOP: what the two nodes have computed, "
-    said += "training and sampling; what they started and learned from is not in it."
-    return f'<section><h2>Claims</h2><p class="soft">{text(said)}</p>{_table(heads, body)}</section>\n'
+        heads = ("", "", claim.than, claim.better, "difference", "")
+        table = _table(heads, [_finding(one) for one in mine]) if mine else "<p>Nothing to compare yet.</p>"
+        notes = [claim.otherwise] if needs_a_reason(claim, mine) else []
+        notes += [_cost(mine[0])] if mine and all(mine[0].flops) else []
+        parts += [f"<h3>{text(claim.say)}</h3>{table}", *(f'<p class="soft">{text(note)}</p>' for note in notes)]
+    return f"<section><h2>Claims</h2>{''.join(parts)}</section>\n"
 
 
 def _finding(one: Finding) -> list[str]:
-    base, other = (f"{label} {100 * value:.1f}" for label, value in zip((one.claim.than, one.claim.better), one.values))
-    cost = " to ".join(f"{flops / 1e12:.3g}" for flops in one.flops if flops)
-    return [one.benchmark, one.figure, base, other, signed(one.difference), one.verdict, cost]
+    values = [f"{100 * value:.1f}" for value in one.values]
+    return [one.benchmark, one.figure, *values, signed(one.difference), one.verdict]
+
+
+def _cost(one: Finding) -> str:
+    than, better = (f"{flops / 1e12:.3g}" for flops in one.flops)
+    labels = f"{one.claim.better} took {better} TFLOP of training and sampling, {one.claim.than} {than}"
+    return f"{labels}; what they started and learned from is not in it."
 
 
 def _comparison(state: PipelineState, evaluations: Mapping[str, dict[str, Any]]) -> str:
@@ -133,7 +139,10 @@ def _differences(state: PipelineState, evaluations: Mapping[str, Mapping[str, An
 
 
 def _difference(difference: Mapping[str, float] | None) -> str:
-    return "–" if difference is None else f"{signed(difference)} {verdict(difference)}"
+    """Marked where the interval tells the two apart."""
+    if difference is None:
+        return "–"
+    return signed(difference) + (f" {verdict(difference)}" if verdict(difference) in ("better", "worse") else "")
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

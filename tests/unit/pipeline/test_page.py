@@ -80,10 +80,10 @@ def test_claims_are_put_to_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found[0].values == (0.0, 0.5625) and found[0].num_problems == 40  # 30 of 40 problems, 3 of 4 samples
     said = "\n".join(claims_text(state, found))
     assert "Late is better than early.\n      sums pass@1 56.2% against 0.0%, +56.2 [+" in said
-    assert said.count("Late!") == 1 and page.page(state).count("Late!") == 2  # there, in each of its rows
+    assert said.count("Late!") == 1 and page.page(state).count("Late!") == 1
     assert said.endswith("Never is best.\n      nothing to compare yet")
     html = page.page(state)
-    assert "<td>holds</td>" in html and "<td>fails</td>" in html and "nothing to compare yet" in html
+    assert "<td>holds</td>" in html and "<td>fails</td>" in html and "Nothing to compare yet." in html
 
 
 @pytest.mark.parametrize(
