@@ -87,6 +87,7 @@ PLAN = {
         "nonfinite",
         "nonfinite_stop",
         "bf16",
+        "papers",
     ),
     "dp2": (
         "family_logprobs",
@@ -102,6 +103,7 @@ PLAN = {
         "balancing_bias",
         "nonfinite",
         "nonfinite_stop",
+        "papers",
     ),
     "tp2": (
         "family_gradients",
@@ -117,6 +119,7 @@ PLAN = {
         "plain_logits",
         "trajectory",
         "balancing_bias",
+        "papers",
     ),
     "pp2": (
         "family_gradients",
@@ -133,6 +136,7 @@ PLAN = {
         "trajectory",
         "trajectory_overlapped",
         "nonfinite",
+        "papers",
     ),
     # Every sequence lies on several ranks.
     "cp2": (

@@ -5,6 +5,7 @@ The file holds plain tensors, so that a rank never imports Transformers. Batches
     batch     tokens, weights                    signed weights, most lengths different (oracle.sequences)
     families  tokens, weights, prompt_lens, routing   samples of common prompts (oracle.families)
     grpo      tokens and the arrays of a TrainSample for the GRPO loss
+    papers    completions with rewards; of each algorithm loss and gradients; the ratios that count
     <name>    one reference: loss, nll, gradients, routing, for the model and the batch that its maker says
     weights   the float32 weights of each model
 """
@@ -15,9 +16,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests import oracle as o
+from tests.paper_oracle import LENGTHS, PAPERS, REWARDS, Output
 from tests.tiny import TINY, TINY_AUX, TINY_FULL_RANK_QUERY, TINY_MTP, TINY_ROPE, TINY_TIED
 
 # Everything the GRPO loss can do, at once, and at a temperature.
@@ -43,6 +46,8 @@ def write_references(path: Path) -> None:
         "full_rank_query": o.Oracle(TINY_FULL_RANK_QUERY),
         "mtp": o.Oracle(TINY_MTP),
         "tied": o.Oracle(TINY_TIED),
+        "papers_old": _near(tiny, seed=7, share=0.05),
+        "papers_reference": _near(tiny, seed=8, share=0.1),
     }
     share = TINY_AUX.moe_aux_loss_coeff / len(batch.tokens)
     answers: dict[str, Any] = {
@@ -54,6 +59,7 @@ def write_references(path: Path) -> None:
         "aux": _plain(o.weighted_nll(tiny, batch, aux_weights=[share] * len(batch.tokens))),
         "replay": _plain(o.weighted_nll(tiny, batch, routing)),
         "grpo": _grpo(tiny),
+        "papers": _papers(tiny, models["papers_old"], models["papers_reference"]),
         "trajectory": asdict(o.adamw_trajectory(tiny, batch, ADAMW)),
         "updated_bias": _updated_bias(tiny, natural.routing),
         "logprobs": {name: [_logprobs(models[name], tokens) for tokens in batch.tokens] for name in ("tiny", "other")},
@@ -142,6 +148,44 @@ def _grpo(oracle: o.Oracle, num: int = 12) -> dict[str, Any]:
         loss.backward()
         total += loss.item()
     return {"tokens": batch.tokens, **arrays, "loss": total, "gradients": oracle.gradients()}
+
+
+def _near(oracle: o.Oracle, seed: int, share: float) -> o.Oracle:
+    """Another policy, so near that its probabilities are."""
+    near, other = o.copy_of(oracle), o.Oracle(oracle.config, seed)
+    with torch.no_grad():
+        for ours, theirs in zip(near.parameters(), other.parameters()):
+            ours.copy_(((1 - share) * ours + share * theirs).float())
+    return near
+
+
+def _papers(policy: o.Oracle, old: o.Oracle, reference: o.Oracle) -> dict[str, Any]:
+    """A step of every algorithm on the outputs of `tests/paper_oracle.py`, whose tokens are random here."""
+    generator = torch.Generator().manual_seed(31)
+    batch, questions, margin = [], [], float("inf")
+    for prompt_len, lengths, rewards in zip((9, 3, 14), LENGTHS, REWARDS):
+        prompt = torch.randint(0, TINY.vocab_size, (prompt_len,), generator=generator)
+        outputs = []
+        for length, reward in zip(lengths, rewards):
+            tokens = torch.cat([prompt, torch.randint(0, TINY.vocab_size, (length,), generator=generator)])
+            batch.append({"tokens": tokens, "prompt_len": prompt_len, "reward": reward})
+            seen = [policy(tokens)]
+            with torch.no_grad():
+                seen += [old(tokens), reference(tokens)]
+            margin = min(margin, *(forward.margin for forward in seen))
+            outputs.append(Output(*(o.logprobs(f.logits, tokens, TEMPERATURE)[prompt_len - 1 :] for f in seen)))
+        questions.append(outputs)
+    assert margin > 1e-5, "a rounding error could choose another expert"
+    answers = {}
+    for name, paper in PAPERS.items():
+        policy.zero_grad()
+        loss = paper(questions, [np.array(rewards) for rewards in REWARDS])
+        loss.backward(retain_graph=True)
+        answers[name] = {"loss": loss.item(), "gradients": policy.gradients()}
+    policy.zero_grad()
+    telling = [outputs for outputs, rewards in zip(questions, REWARDS) if len(set(rewards)) > 1]
+    log_ratios = [(out.l - out.old).detach() for outputs in telling for out in outputs]
+    return {"batch": batch, "answers": answers, "log_ratios": log_ratios, "temperature": TEMPERATURE}
 
 
 ARRAYS = ("advantages", "weights", "old_logprobs", "behaviour_logprobs", "reference_logprobs")

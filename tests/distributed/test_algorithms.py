@@ -34,6 +34,13 @@ def assert_close(folder: Path, expected: Path, tolerance: float) -> None:
                 assert row[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
 
 
+def assert_learned(folder: Path) -> None:
+    rows = rows_of(folder / "metrics.jsonl")
+    scores = [row["critic/score/mean"] for row in rows]
+    assert scores[-1] > scores[0] + 0.15, (folder.name, scores)
+    assert all(row["train/updates"] == 2 for row in rows)
+
+
 @pytest.fixture(scope="module")
 def alone(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("algorithms")
@@ -43,21 +50,18 @@ def alone(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_reward_rises(alone, name: str) -> None:
-    rows = rows_of(alone[0] / name / "metrics.jsonl")
-    scores = [row["critic/score/mean"] for row in rows]
-    print(name, [round(score, 3) for score in scores])
-    assert scores[-1] > scores[0] + 0.15
-    assert all(row["train/updates"] == 2 for row in rows)
+    assert_learned(alone[0] / name)
 
 
 @pytest.mark.parametrize("name", ["tp2", "pp2"])
-def test_a_layout_changes_nothing(ranks: RankPool, alone, name: str, tmp_path: Path) -> None:
-    """The same samples in every step, the same figures."""
+def test_a_layout_learns_the_same(ranks: RankPool, alone, name: str, tmp_path: Path) -> None:
+    """The same samples in every step, the same figures, the reward among them."""
     options = {"folder": str(tmp_path), "parallel": LAYOUTS[name], "names": list(ALGORITHMS)}
     answers = ranks.run(checks.run_algorithms, 2, timeout_s=300.0, **options)
     for algorithm in ALGORITHMS:
         assert merged([answer[algorithm] for answer in answers]) == alone[1][algorithm], algorithm
         assert_close(tmp_path / algorithm, alone[0] / algorithm, 1e-3)
+        assert_learned(tmp_path / algorithm)
 
 
 # ------------------------------------------------------------------------------------------------- dynamic sampling

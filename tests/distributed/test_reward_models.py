@@ -82,13 +82,16 @@ def test_a_run_that_was_asked_to_end_goes_on_bit_for_bit(
     assert ours == theirs
 
 
-def test_rows_that_are_safe_or_not_with_experts_on_two_ranks(ranks: RankPool, files: Path, tmp_path: Path):
+@pytest.mark.parametrize("layout", ["ep2", "tp2", "pp2"])
+def test_it_learns_which_rows_are_safe(ranks: RankPool, files: Path, tmp_path: Path, layout: str):
     sections = {
         "data": {"path": str(files / "train_rows.jsonl"), "eval_path": str(files / "eval_rows.jsonl")},
         "reward_model": {"objective": "pointwise", "batch_size": 32},
     }
-    ranks.run(f"{CHECKS}:train", 2, parallel=LAYOUTS["ep2"], folder=str(tmp_path), files=str(files), sections=sections)
-    last = metrics_of(tmp_path)[-1]
+    where = {"parallel": LAYOUTS[layout], "folder": str(tmp_path), "files": str(files)}
+    ranks.run(f"{CHECKS}:train", 2, sections=sections, timeout_s=100.0, **where)
+    first, last = (row for row in metrics_of(tmp_path) if "eval/accuracy" in row)
+    assert first["eval/accuracy"] == 0.5 and first["eval/loss"] == pytest.approx(math.log(2))
     assert last["eval/accuracy"] > 0.9 and "eval/margin" not in last
 
 

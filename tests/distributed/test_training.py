@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from r1_megatron.config.algorithms import ALGORITHMS
 from tests.distributed.layouts import LAYOUTS, with_check, world_size
 from tests.rank_pool import RankPool
 from tests.tiny import TINY
@@ -25,10 +27,10 @@ def layouts(check: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("layout", with_check(check))
 
 
-def assert_exact(answers: list[dict[str, Any]]) -> None:
+def assert_exact(answers: list[dict[str, Any]], gradient: float = GRADIENT_ERROR, loss: float = 1e-6) -> None:
     for rank, answer in enumerate(answers):
-        assert answer["error"] <= GRADIENT_ERROR, f"rank {rank}: {answer['name']} is {answer['error']:.1e} off"
-        assert answer["loss_error"] <= 1e-6
+        assert answer["error"] <= gradient, f"rank {rank}: {answer['name']} is {answer['error']:.1e} off"
+        assert answer["loss_error"] <= loss
         assert answer["count"] >= 10
 
 
@@ -210,6 +212,29 @@ def test_router_replay(measured: Measured, layout: str) -> None:
 def test_policy_gradient(measured: Measured, layout: str) -> None:
     """Two-sided and dual clip, KL, entropy, truncated importance sampling, temperature 0.7."""
     assert_exact(measured(layout, "grpo"))
+
+
+@layouts("papers")
+def test_every_algorithm_is_its_paper(measured: Measured, layout: str) -> None:
+    """From rewards and completions to the gradients of the model, with ratios on both sides of all clips.
+
+    Old log-probabilities are float32, too, and RLOO's ratio is a product over the sequence.
+    """
+    for answer in measured(layout, "papers"):
+        assert answer.keys() == ALGORITHMS.keys()
+        assert_exact(list(answer.values()), gradient=3e-5, loss=5e-6)
+
+
+def test_clips_bind_in_the_references_of_the_papers(references: Path) -> None:
+    """Of tokens, CISPO's upper one too; of GSPO's sequences, and RLOO's."""
+    log_ratios = torch.load(references, weights_only=True, mmap=True)["papers"]["log_ratios"]
+    for sizes, low, high in (
+        (torch.cat(log_ratios), 0.8, 1.28),
+        (torch.cat(log_ratios), 1.0, 6.0),
+        (torch.stack([values.mean() for values in log_ratios]), 1 - 3e-4, 1 + 4e-4),
+        (torch.stack([values.sum() for values in log_ratios]), 0.8, 1.2),
+    ):
+        assert sizes.exp().min() < low and sizes.exp().max() > high
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,14 @@ from r1_megatron.config.schema import ParallelConfig, RunConfig
 from r1_megatron.model.parameters import global_parameters
 from r1_megatron.parallel.groups import build_process_groups
 from r1_megatron.train.policy import build_policy
-from tests.distributed import family_checks, gradient_checks, update_checks
+from tests.distributed import family_checks, gradient_checks, paper_checks, update_checks
 from tests.distributed.train_bench import NORMAL, Answer, Bench
 from tests.tiny import TINY_MTP
 
 CHECKS: dict[str, Callable[[Bench], Answer]] = {
-    check.__name__: check for check in (*gradient_checks.CHECKS, *update_checks.CHECKS, *family_checks.CHECKS)
+    check.__name__: check
+    for module in (gradient_checks, update_checks, family_checks, paper_checks)
+    for check in module.CHECKS
 }
 
 
