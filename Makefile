@@ -30,7 +30,7 @@ test: install
 test-slurm: install
 	@$(BIN)/python -m pytest -rs tests/slurm/on_real_slurm.py
 
-# Every node of the tiny pipeline in a few steps, killed in one of every stage: five minutes.
+# Every node of the tiny pipeline in a few steps, killed in one of every stage: six minutes.
 test-pipeline: install
 	@$(BIN)/python -m pytest -q tests/e2e/whole_recipe.py
 

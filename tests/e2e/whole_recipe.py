@@ -1,6 +1,6 @@
 """``make test-pipeline``: every node of `examples/r1_tiny_pipeline.yaml` in a few steps, killed in one of every stage.
 
-Not one of `make test`'s, for it takes five minutes. Nothing is learned at these sizes. What is shown is that each stage
+Not one of `make test`'s, for it takes six minutes. Nothing is learned at these sizes. What is shown is that each stage
 gets what it needs from the others and goes on from wherever it was killed, and that Transformers loads the students.
 """
 
