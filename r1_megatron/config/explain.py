@@ -12,6 +12,7 @@ from r1_megatron.config.load import Sources
 from r1_megatron.config.origins import origin_lines
 from r1_megatron.config.presets import count_parameters, layer_parameters, mtp_parameters
 from r1_megatron.config.schema import DYNAMIC_TOKENS, BenchmarkConfig, ModelConfig, RunConfig, TrainConfig
+from r1_megatron.config.schema.reward import first_step
 from r1_megatron.config.value_models import critic_config, reward_model_terms
 from r1_megatron.topology import Chunk, Topology, place_layers
 
@@ -312,8 +313,8 @@ def _grading_lines(cfg: RunConfig) -> list[Line]:
         text = f"{folder} scores the {term.on} at its last token, in its own template and tokenizer"
         if term.sources:
             text += f", of {', '.join(term.sources)}"
-        if term.from_step > 1:
-            text += f", from step {term.from_step:,} on"
+        if (first := first_step(term, cfg.train.steps)) > 1:
+            text += f", from step {first:,} on"
         lines.append((f"reward.terms.{number}", text))
     return lines
 

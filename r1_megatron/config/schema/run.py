@@ -89,6 +89,12 @@ class RunConfig:
         return self.train.steps if self.epochs is None else None
 
     @property
+    def graded_by(self) -> RewardConfig:
+        """``reward`` as it is asked about a step: ``last_steps`` of its terms are counted back from the configuration's
+        own ``train.steps``, in an evaluation too."""
+        return self.reward.over(self.train.steps)
+
+    @property
     def rows_per_step(self) -> int:
         """Sequences that such a stage learns from in a step."""
         if self.stage == "reward_model":

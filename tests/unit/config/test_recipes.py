@@ -100,7 +100,10 @@ def test_the_batches_and_lengths_of_reinforcement():
     assert 512 * 16 == 8192 and zero.longest_sequence == 65536 == 2 * first.longest_sequence
     assert abs(second.train.steps * 16 - 1700) <= 16
     late = [term for term in second.reward.terms if term.function == "reward_model"]
-    assert [(second.train.steps - term.from_step + 1) * 16 for term in late] == [400, 400]
+    assert [term.last_steps * 16 for term in late if term.last_steps] == [400, 400]
+    for steps in (106, 200):  # whatever train.steps is changed to
+        begins = {term.from_step for term in second.reward.over(steps).terms if term.function == "reward_model"}
+        assert begins == {steps - 24}
     assert [term.on for term in late] == ["summary", "response"]
     for cfg in (first, second):
         (language,) = [term for term in cfg.reward.terms if term.function == "language_consistency"]
