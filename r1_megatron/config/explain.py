@@ -268,11 +268,10 @@ def longest_microbatches(cfg: RunConfig, topology: Topology) -> int:
     """Microbatches of an update on each data-parallel rank if all sequences are as long as the configuration allows."""
     together = 1
     if cfg.stage == "reward_model":
-        sequences, positions = cfg.rows_per_step, cfg.model.max_position_embeddings
-        length = min(cfg.reward_model.max_tokens or positions, positions)
+        sequences, length = cfg.rows_per_step, cfg.longest_row
         together = 2 if cfg.reward_model.objective == "pairs" else 1
     elif cfg.learns_from_rows:
-        sequences, length = cfg.rows_per_step, cfg.model.max_position_embeddings
+        sequences, length = cfg.rows_per_step, cfg.longest_row
     else:
         sequences = cfg.rollout.prompts_per_step // cfg.rl.num_minibatches * cfg.rollout.samples_per_prompt
         length = cfg.longest_sequence
@@ -297,11 +296,12 @@ def _sft_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
         ("microbatches", f"{_budget(cfg.train)} each"),
         ("learning rate", _learning_rate(cfg)),
     ]
+    if cfg.is_supervised and cfg.sft.max_tokens is not None:
+        lines.append(("longest row", f"{cfg.longest_row:,} tokens"))
     if cfg.stage == "reward_model":
-        longest = cfg.reward_model.max_tokens or cfg.model.max_position_embeddings
         load = cfg.checkpoint.load
         start = "random weights" if load is None else f"{load}, under a fresh head where that writes"
-        lines.append(("score", f"the value at the last token, of {longest:,} at most; starts from {start}"))
+        lines.append(("score", f"the value at the last token, of {cfg.longest_row:,} at most; starts from {start}"))
     return lines
 
 
