@@ -12,6 +12,7 @@ from r1_megatron.config.load import Sources
 from r1_megatron.config.origins import origin_lines
 from r1_megatron.config.presets import count_parameters, layer_parameters, mtp_parameters
 from r1_megatron.config.schema import DYNAMIC_TOKENS, BenchmarkConfig, ModelConfig, RunConfig, TrainConfig
+from r1_megatron.config.schema.reward import first_step
 from r1_megatron.config.value_models import critic_config, reward_model_terms
 from r1_megatron.topology import Chunk, Topology, place_layers
 
@@ -267,11 +268,10 @@ def longest_microbatches(cfg: RunConfig, topology: Topology) -> int:
     """Microbatches of an update on each data-parallel rank if all sequences are as long as the configuration allows."""
     together = 1
     if cfg.stage == "reward_model":
-        sequences, positions = cfg.rows_per_step, cfg.model.max_position_embeddings
-        length = min(cfg.reward_model.max_tokens or positions, positions)
+        sequences, length = cfg.rows_per_step, cfg.longest_row
         together = 2 if cfg.reward_model.objective == "pairs" else 1
     elif cfg.learns_from_rows:
-        sequences, length = cfg.rows_per_step, cfg.model.max_position_embeddings
+        sequences, length = cfg.rows_per_step, cfg.longest_row
     else:
         sequences = cfg.rollout.prompts_per_step // cfg.rl.num_minibatches * cfg.rollout.samples_per_prompt
         length = cfg.longest_sequence
@@ -296,11 +296,12 @@ def _sft_lines(cfg: RunConfig, topology: Topology) -> list[Line]:
         ("microbatches", f"{_budget(cfg.train)} each"),
         ("learning rate", _learning_rate(cfg)),
     ]
+    if cfg.is_supervised and cfg.sft.max_tokens is not None:
+        lines.append(("longest row", f"{cfg.longest_row:,} tokens"))
     if cfg.stage == "reward_model":
-        longest = cfg.reward_model.max_tokens or cfg.model.max_position_embeddings
         load = cfg.checkpoint.load
         start = "random weights" if load is None else f"{load}, under a fresh head where that writes"
-        lines.append(("score", f"the value at the last token, of {longest:,} at most; starts from {start}"))
+        lines.append(("score", f"the value at the last token, of {cfg.longest_row:,} at most; starts from {start}"))
     return lines
 
 
@@ -312,8 +313,8 @@ def _grading_lines(cfg: RunConfig) -> list[Line]:
         text = f"{folder} scores the {term.on} at its last token, in its own template and tokenizer"
         if term.sources:
             text += f", of {', '.join(term.sources)}"
-        if term.from_step > 1:
-            text += f", from step {term.from_step:,} on"
+        if (first := first_step(term, cfg.train.steps)) > 1:
+            text += f", from step {first:,} on"
         lines.append((f"reward.terms.{number}", text))
     return lines
 

@@ -70,7 +70,7 @@ def changed_course(begun: str, cfg: RunConfig) -> list[str]:
     return [
         f"{name}={_show(new)}, the run has {_show(old)}"
         for name, old, new in _differences(before, cfg)
-        if not _is_free(name, cfg.stage)
+        if not _is_free(name, cfg.stage) or (name == "train.steps" and _counts_back(before, cfg))
     ]
 
 
@@ -81,6 +81,11 @@ def course_of(cfg: RunConfig) -> dict[str, Any]:
         for name, _, value in _differences(RunConfig(), cfg)
         if name == "train.steps" or not _is_free(name, cfg.stage)
     }
+
+
+def _counts_back(*configs: RunConfig) -> bool:
+    """Whether a reward term counts in the last steps: with another number of steps those are others."""
+    return any(term.last_steps is not None for cfg in configs if cfg.is_rl for term in cfg.reward.terms)
 
 
 def _is_free(name: str, stage: str) -> bool:

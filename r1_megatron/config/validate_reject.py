@@ -20,10 +20,10 @@ def reject_problems(cfg: RunConfig) -> Iterator[str]:
         yield "stage=reject needs checkpoint.load: the checkpoint that is sampled."
     yield from _right(cfg)
     for index, term in enumerate(cfg.reward.terms):
-        if term.from_step > 1 or term.until_step is not None:
+        if term.from_step > 1 or term.until_step is not None or term.last_steps is not None:
             yield (
-                f"reward.terms.{index}: from_step={term.from_step}, until_step={term.until_step}: stage=reject has no "
-                "steps of learning, all terms count. Leave both out, or the term."
+                f"reward.terms.{index}: from_step={term.from_step}, until_step={term.until_step}, last_steps="
+                f"{term.last_steps}: stage=reject has no steps of learning, all terms count. Leave them out, or it."
             )
     yield from _selection(cfg)
     yield from _pairs(cfg)

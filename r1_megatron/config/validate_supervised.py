@@ -15,6 +15,8 @@ def supervised_problems(cfg: RunConfig) -> Iterator[str]:
             f"{name}({cfg.epochs}) and train.steps({steps}) both say how long the run is. Leave train.steps out "
             f"(its default: {TrainConfig.steps}), or set {name}=null."
         )
+    if cfg.is_supervised and cfg.sft.max_tokens is not None and cfg.sft.max_tokens < 2:
+        yield f"sft.max_tokens={cfg.sft.max_tokens} has to be at least 2, or null: the model's positions."
     if cfg.stage != "distill":
         return
     student, load = cfg.distill.student, cfg.checkpoint.load

@@ -91,7 +91,7 @@ def build_demonstrations(
     """The supervised rows of all sources of a run.
 
     Args:
-        max_tokens: longest row, prompt and response together (the model's ``max_position_embeddings``).
+        max_tokens: longest row, prompt and response together.
         num_held_out: rows that are not learned from, of each source in proportion, all rows of a prompt or none; of a
             task: traces of held-out problems.
         share: of this rank in the work on streamed files; collective.

@@ -253,8 +253,8 @@ def check_length(num_tokens: int, max_tokens: int, cfg: DataConfig) -> None:
     if cfg.on_long_prompt == "skip":
         raise LeftOut(TOO_LONG)
     raise ValueError(
-        f"{num_tokens} tokens, but the limit is {max_tokens} (model.max_position_embeddings). "
-        "Shorten it, or set data.on_long_prompt=skip"
+        f"{num_tokens} tokens, but the limit is {max_tokens} (model.max_position_embeddings, or "
+        "max_tokens of sft or reward_model, where that is less). Shorten it, or set data.on_long_prompt=skip"
     )
 
 

@@ -69,7 +69,7 @@ def _grade(cfg: RunConfig, problems: dict[str, list[Problem]], step: int, lines:
     benchmarks = {benchmark.title: benchmark for benchmark in benchmarks_of(cfg)}
     by_reward = any(benchmarks[line["benchmark"]].format in BY_REWARD for line in lines)
     judge = Judge([one for one in benchmarks.values() if one.format not in BY_REWARD], cfg.reward)
-    grader = build_rewards(cfg.reward) if by_reward else None
+    grader = build_rewards(cfg.graded_by) if by_reward else None
     try:
         graded = []
         for line in lines:

@@ -71,7 +71,7 @@ def _critic(cfg: RunConfig, hardware: Hardware, load: Workload) -> Iterator[Othe
 
 
 def _reward_model(cfg: RunConfig, number: int, hardware: Hardware, load: Workload) -> OtherTime:
-    term, model = cfg.reward.terms[number], model_of_term(cfg, number)
+    term, model = cfg.graded_by.terms[number], model_of_term(cfg, number)
     name = f"reward.terms.{number}"
     if model is None:
         how = f"unknown: {term.options['checkpoint']} is not here; options.preset would say which model it is"

@@ -97,9 +97,9 @@ def workload(cfg: RunConfig, mean_response: int | None = None) -> Workload:
         longest, sequences, updates, used_by = _longest_judged(cfg), cfg.rows_per_step, 1, 1
         annotations = 0
     elif cfg.learns_from_rows:
-        # Rows are as long as the model allows; a pack of one row is what the budget is usually set for.
-        longest, sequences, updates, used_by = (cfg.train.micro_batch_tokens or limit), cfg.rows_per_step, 1, 1
-        annotations = 0
+        # Rows of no stated length are as long as the model allows; a pack of one row is what the budget is usually for.
+        longest = (cfg.train.micro_batch_tokens or limit) if cfg.sft.max_tokens is None else cfg.longest_row
+        sequences, updates, used_by, annotations = cfg.rows_per_step, 1, 1, 0
     elif cfg.stage == "reject":
         longest, sequences = limit, r.prompts_per_step * r.samples_per_prompt
         updates, used_by, annotations = 0, 1, 0

@@ -20,7 +20,7 @@ def read_judgements(cfg: RunConfig, tokenizer: Tokenizer, share: Share, name: st
     refused."""
     path = cfg.data.path if name == "data.path" else cfg.data.eval_path
     load: Callable[..., Any] = load_preferences if cfg.reward_model.objective == "pairs" else load_safety
-    longest = min(cfg.reward_model.max_tokens or cfg.model.max_position_embeddings, cfg.model.max_position_embeddings)
+    longest = cfg.longest_row
     return load(path, cfg.data, tokenizer, cfg.model.vocab_size, longest, share, name)
 
 

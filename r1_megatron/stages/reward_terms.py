@@ -95,7 +95,7 @@ def score_terms(
     Collective over all ranks."""
     given = {}
     for number, model in models.items():
-        term = cfg.reward.terms[number]
+        term = cfg.graded_by.terms[number]
         if not counts_at(term, step):  # the same on all ranks
             continue
         places = [i for i, prompt in enumerate(prompts) if concerns(term, prompt, step)]

@@ -165,7 +165,7 @@ def _open_run(cfg: RunConfig, groups: ProcessGroups) -> Iterator[Run]:
             log.note(f"data.path: {len(judgements)} rows; left out: {counted(judgements.left_out)}")
         restarts = cfg.resilience.max_reward_restarts
         grades = groups.is_replica_writer and cfg.stage != "reward_model"
-        grader = stack.enter_context(build_rewards(cfg.reward, restarts)) if grades else None
+        grader = stack.enter_context(build_rewards(cfg.graded_by, restarts)) if grades else None
         source = cfg.checkpoint.load if saved is None else None
         chunks = build_model(cfg, groups, draw_weights=saved is None and not source)
         loaded = {}

@@ -28,7 +28,7 @@ def read_rows(cfg: RunConfig, tokenizer: Tokenizer, share: Share) -> Demonstrati
         cfg.sft,
         tokenizer,
         cfg.model.vocab_size,
-        cfg.model.max_position_embeddings,
+        cfg.longest_row,
         num_held_out=cfg.sft.held_out_rows,
         share=share,
     )

@@ -64,7 +64,7 @@ class DataConfig:
     # "r1_zero": the paper's plain template; "compact": "User: ... Assistant:" for small models; "none"; "chat": the
     # tokenizer's chat template, which chat messages go through in any case.
     template: Literal["r1_zero", "compact", "none", "chat"] = "compact"
-    # Of prompts for rollouts; a supervised row may be as long as the model's positions.
+    # Of prompts for rollouts; how long a supervised row may be: sft.max_tokens.
     max_prompt_tokens: int = 256
     # A prompt that is too long ends the run ("error") or is left out and counted ("skip").
     on_long_prompt: Literal["error", "skip"] = "error"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 # Reward functions of ours; others are named by import path.
@@ -21,6 +21,9 @@ class RewardTermConfig:
     # The first and the last step at which it counts; null: to the end. An evaluation grades with the terms of its step.
     from_step: int = 0
     until_step: int | None = None
+    # It counts in the last so many steps only (of train.steps), instead of from_step. An evaluation counts them back
+    # from its own train.steps, as a run's file that is evaluated has it.
+    last_steps: int | None = None
     # The sources whose prompts it counts for (`source` of a row; a procedural task's name); none: all.
     sources: tuple[str, ...] = ()
     # What of a completion it sees: all of it, the text behind the last </think>, or what stands before that.
@@ -55,3 +58,14 @@ class RewardConfig:
     timeout_s: float = 60.0
     # A reward that raises, hangs or answers nonsense ends the run ("fail"), or counts zero and is counted ("zero").
     on_error: Literal["fail", "zero"] = "fail"
+
+    def over(self, steps: int) -> RewardConfig:
+        """The same for a run of ``steps`` steps: every term says its first one, none how many of the last."""
+        return replace(
+            self, terms=tuple(replace(term, from_step=first_step(term, steps), last_steps=None) for term in self.terms)
+        )
+
+
+def first_step(term: RewardTermConfig, steps: int) -> int:
+    """The first step at which a term counts in a run of ``steps`` steps."""
+    return term.from_step if term.last_steps is None else steps - term.last_steps + 1

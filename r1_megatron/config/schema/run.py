@@ -89,6 +89,18 @@ class RunConfig:
         return self.train.steps if self.epochs is None else None
 
     @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row, or sequence of a pair, that such a stage takes."""
+        asked = (self.reward_model if self.stage == "reward_model" else self.sft).max_tokens
+        return min(asked or self.model.max_position_embeddings, self.model.max_position_embeddings)
+
+    @property
+    def graded_by(self) -> RewardConfig:
+        """``reward`` as it is asked about a step: ``last_steps`` of its terms are counted back from the configuration's
+        own ``train.steps``, in an evaluation too."""
+        return self.reward.over(self.train.steps)
+
+    @property
     def rows_per_step(self) -> int:
         """Sequences that such a stage learns from in a step."""
         if self.stage == "reward_model":

@@ -22,6 +22,8 @@ class SFTConfig:
     # Passes over the rows, instead of train.steps (which then keeps its default): epochs * rows / batch_size steps, the
     # last of them with the rows that are left. null: train.steps decides.
     epochs: int | None = None
+    # Longest row, prompt included; null: the model's positions, which bound it, too. Others: `data.on_long_prompt`.
+    max_tokens: int | None = None
     # Rows that are not learned from, all rows of a prompt or none: eval/loss is their loss. Of a procedural task they
     # are traces of held-out problems.
     held_out_rows: int = 0

@@ -8,7 +8,7 @@ import pytest
 
 from r1_megatron.config.load import ConfigError, dump_config
 from r1_megatron.config.resume import changed_course
-from r1_megatron.config.schema import RunConfig
+from r1_megatron.config.schema import RewardConfig, RewardTermConfig, RunConfig
 
 RUN = RunConfig()
 
@@ -46,6 +46,14 @@ def test_layout_length_and_speed_may_change() -> None:
 def test_what_the_run_computes_may_not(section: str, field: str, value: object, said: str) -> None:
     changed = replace(RUN, **{section: replace(getattr(RUN, section), **{field: value})})
     assert changed_course(dump_config(RUN), changed) == [said]
+
+
+def test_the_length_may_not_where_a_reward_counts_in_the_last_steps() -> None:
+    terms = (RewardTermConfig("accuracy"), RewardTermConfig("format", last_steps=5))
+    before = replace(RUN, reward=RewardConfig(terms))
+    longer = replace(before, train=replace(RUN.train, steps=120))
+    assert changed_course(dump_config(before), longer) == ["train.steps=120, the run has 100"]
+    assert changed_course(dump_config(before), before) == []
 
 
 def test_a_configuration_of_another_version_says_so() -> None:

@@ -56,7 +56,7 @@ def test_accepted(cfg: RunConfig) -> None:
         ),
         (
             changed(OK, reward={"terms": (RewardTermConfig("accuracy", at_least=1.0, from_step=3),)}),
-            "from_step=3, until_step=None: stage=reject has no steps of learning",
+            "from_step=3, until_step=None, last_steps=None: stage=reject has no steps of learning",
         ),
         (changed(OK, reject={"max_per_prompt": 0}), "reject.max_per_prompt=0 has to be at least 1"),
         (changed(OK, reject={"filters": FilterConfig(max_repetition=1.5)}), "max_repetition=1.5 has to be above 0"),

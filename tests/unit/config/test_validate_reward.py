@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from r1_megatron.config.schema import DataConfig, RewardConfig, RewardTermConfig, RunConfig, TrainConfig
+from r1_megatron.config.schema import DataConfig, RewardConfig, RewardTermConfig, RunConfig, SFTConfig, TrainConfig
 from r1_megatron.config.validate import validate_config
+from r1_megatron.rewards.mixture import counts_at
 
 
 def problems(*terms: RewardTermConfig, stage="grpo", source="chain_sum") -> list[str]:
@@ -24,6 +25,8 @@ def test_mixtures_that_make_sense():
         RewardTermConfig("my:judge", from_step=5, on="summary"),
     )
     assert not problems(RewardTermConfig("accuracy", from_step=500), stage="sft")
+    for stage in ("grpo", "evaluate", "sft"):
+        assert not problems(RewardTermConfig("accuracy"), RewardTermConfig("format", last_steps=10), stage=stage)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +50,17 @@ def test_mixtures_that_make_sense():
         ([RewardTermConfig("accuracy", on="summary")], "accuracy judges a response as a whole"),
         ([RewardTermConfig("accuracy", from_step=3)], "none counts in steps 1 to 2"),
         ([RewardTermConfig("accuracy", until_step=8)], "none counts in steps 9 to 10"),
+        ([RewardTermConfig("accuracy", last_steps=8)], "none counts in steps 1 to 2"),
+        ([RewardTermConfig("accuracy"), RewardTermConfig("format", last_steps=0)], "last_steps=0 has to be between 1"),
+        ([RewardTermConfig("accuracy"), RewardTermConfig("format", last_steps=11)], "and train.steps=10, or null"),
+        (
+            [RewardTermConfig("accuracy"), RewardTermConfig("format", last_steps=3, from_step=4)],
+            "last_steps=3 and from_step=4, until_step=None both say when",
+        ),
+        (
+            [RewardTermConfig("accuracy"), RewardTermConfig("format", last_steps=3, until_step=8)],
+            "last_steps=3 and from_step=0, until_step=8 both say when",
+        ),
         (
             [RewardTermConfig("accuracy", until_step=3), RewardTermConfig("format", from_step=6)],
             "none counts in steps 4 to 5",
@@ -56,3 +70,21 @@ def test_mixtures_that_make_sense():
 def test_what_would_never_count(terms, said):
     found = problems(*terms)
     assert any(said in problem for problem in found), found
+
+
+def test_the_last_steps_of_a_run_whose_rows_say_how_long_it_is():
+    terms = (RewardTermConfig("accuracy"), RewardTermConfig("format", last_steps=3))
+    cfg = RunConfig(stage="sft", sft=SFTConfig(epochs=2), reward=RewardConfig(terms))
+    (problem,) = [p for p in validate_config(cfg, check_files=False) if p.startswith("reward.")]
+    assert "last_steps=3 is counted back from train.steps, and sft.epochs(2) says how long" in problem
+
+
+def test_the_last_steps_are_counted_back_from_train_steps():
+    """In every stage from its own: an evaluation grades with the terms of its checkpoint's step, by the same count."""
+    terms = (RewardTermConfig("accuracy", from_step=2, until_step=7), RewardTermConfig("format", last_steps=3))
+    for stage in ("grpo", "evaluate"):
+        cfg = RunConfig(stage=stage, train=TrainConfig(steps=10), reward=RewardConfig(terms))
+        whole, late = cfg.graded_by.terms
+        assert whole == terms[0] and (late.from_step, late.last_steps) == (8, None)
+        assert [step for step in range(12) if counts_at(late, step)] == [8, 9, 10, 11]
+    assert cfg.graded_by.over(99) == cfg.graded_by
