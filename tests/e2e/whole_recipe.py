@@ -62,7 +62,7 @@ def overrides() -> list[str]:
         "llama.sft.epochs=1",
         "base.checkpoint.interval=20",
     ]
-    found += ["helpful.reward_model.batch_size=4", "rl_2.reward.terms.4.from_step=2"]
+    found += ["helpful.reward_model.batch_size=4", "rl_2.reward.terms.4.last_steps=3"]
     models = (
         "base",
         "zero",
