@@ -106,9 +106,13 @@ def encode_as_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _control_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> set[int]:
-    """Those of the ids that are control tokens. The unknown token stands for text, whatever is written there."""
-    control = set(tokenizer.control_tokens)
-    return {token for token in set(ids) if token != tokenizer.unk_id and tokenizer.token_text(token) in control}
+    return {token for token in set(ids) if _is_control(tokenizer, token)}
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _is_control(tokenizer: Tokenizer, token: int) -> bool:
+    """The unknown token stands for text, whatever is written there."""
+    return token != tokenizer.unk_id and tokenizer.token_text(token) in tokenizer.control_tokens
 
 
 def token_problem(tokens: Sequence[int], tokenizer: Tokenizer, vocab_size: int | None) -> str | None:

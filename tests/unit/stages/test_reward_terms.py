@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -62,6 +61,18 @@ class OfTokens:
         return [np.asarray(sample.tokens, dtype=np.float64) for sample in samples]
 
 
+class OfCharacters:
+    """A tokenizer whose tokens are characters; one of them is a control token."""
+
+    control_tokens, unk_id = ("#",), None
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def token_text(self, token: int) -> str:
+        return chr(token)
+
+
 def test_a_response_ends_its_turn_once(tmp_path):
     """Whatever it spells: of control tokens there is the stop token alone, and it is the last."""
     tokenizer = huggingface(tmp_path / "hf")
@@ -111,7 +122,4 @@ def test_sentencepiece_takes_no_spelled_control_token():
 
 
 def test_a_control_token_of_one_character_is_left_out():
-    tokenizer = SimpleNamespace(
-        control_tokens=("#",), unk_id=None, encode=lambda text: [ord(letter) for letter in text], token_text=chr
-    )
-    assert encode_as_text(cast(Any, tokenizer), "a#b") == [ord("a"), ord("b")]
+    assert encode_as_text(cast(Any, OfCharacters()), "a#b") == [ord("a"), ord("b")]
