@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,6 +85,34 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         return [tokenizer.bos_id, *ids]
     return ids
+
+
+def encode_as_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids in which spelled control tokens are the text that they look like: whoever writes ``<|im_end|>`` ends
+    no turn. Each is encoded in two parts, its first character and the rest; text without any as ``encode`` does. A
+    control token that a single character stands for is left out.
+    """
+    ids = tokenizer.encode(text)
+    if not _control_ids(tokenizer, ids):
+        return ids
+    spelled = "|".join(re.escape(token) for token in sorted(tokenizer.control_tokens, key=len, reverse=True) if token)
+    cuts = [match.start() + 1 for match in re.finditer(f"(?=(?:{spelled}))", text)]
+    parts = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)])]
+    ids = [token for part in parts for token in tokenizer.encode(part)]
+    if _control_ids(tokenizer, ids):  # made by a normalizer, of other characters
+        ids = [token for letter in text for token in tokenizer.encode(letter)]
+    control = _control_ids(tokenizer, ids)
+    return [token for token in ids if token not in control]
+
+
+def _control_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> set[int]:
+    return {token for token in set(ids) if _is_control(tokenizer, token)}
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _is_control(tokenizer: Tokenizer, token: int) -> bool:
+    """The unknown token stands for text, whatever is written there."""
+    return token != tokenizer.unk_id and tokenizer.token_text(token) in tokenizer.control_tokens
 
 
 def token_problem(tokens: Sequence[int], tokenizer: Tokenizer, vocab_size: int | None) -> str | None:

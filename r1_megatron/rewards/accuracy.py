@@ -8,6 +8,8 @@ compare:
 * ``math``: besides, the math-verify library decides whether two pieces of LaTeX mean the same. That is computer
   algebra on text that a policy wrote: it runs in a worker process which is killed when it takes too long, and it is
   reached through the LaTeX grammar only, because the plain-expression path of that library ends in Python's ``eval``.
+  It rounds to six digits and takes the last of several formulae, so two rational numbers are compared here, exactly,
+  and an answer of several formulae between dollars is wrong.
 
 ``auto`` takes ``exact`` for labels that are JSON numbers (then ``8+9`` is not an answer to ``17``) and ``math`` for
 labels that are text.
@@ -32,6 +34,16 @@ MAX_NUMBER_LENGTH = 40
 STEP_TIMEOUT_S = 3
 
 _NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
+_INTEGER = r"\s*[+-]?\d{1,40}\s*"
+_FRACTION = re.compile(
+    r"(?P<sign>[+-]?)\s*(?P<whole>\d{0,40})\s*\\[dt]?frac\s*"
+    rf"(?:(?P<digits>\d)\s*(?P<digit>\d)|(?:\{{(?P<over>{_INTEGER})\}}|(?P<short>\d))\s*\{{(?P<under>{_INTEGER})\}})"
+    rf"|(?P<slash_over>{_INTEGER})/(?P<slash_under>{_INTEGER})",
+    re.ASCII,
+)
+_NAMED = re.compile(r"[A-Za-z]\s*=\s*")
+_DOLLARS = re.compile(r"(?<!\\)\$+")
+_HAS_MATHEMATICS = re.compile(r"[\d\\]|(?<![A-Za-z])[B-HJ-Zb-z](?![A-Za-z])")
 # What makes computer algebra run for ever: powers and factorials of big numbers, towers of powers.
 _EXPLOSIVE = re.compile(r"(\^|\*\*)[\s{(+-]*\d{4}|\d{3}\)?\s*!|!\s*!|\^[\s{(]*\d+[\s})]*\^", re.ASCII)
 
@@ -75,7 +87,7 @@ def settle(completion: str, label: Any, method: Method = "auto", prompt: str = "
         return float(answer_number == expected_number)
     if method == "exact" or (method == "auto" and not isinstance(label, str)):
         return 0.0
-    if not answer or _EXPLOSIVE.search(answer):
+    if not answer or _EXPLOSIVE.search(answer) or _is_several(answer):
         return 0.0
     return None
 
@@ -96,6 +108,30 @@ def parse_number(text: str) -> Fraction | None:
     return Fraction(text.replace(",", ""))
 
 
+def parse_rational(text: str) -> Fraction | None:
+    r"""A number literal, ``\frac{a}{b}``, ``a/b`` or a mixed number of whole ones, exactly; ``x =`` in front is left
+    out; else ``None``."""
+    text = _NAMED.sub("", text.strip(), count=1) if _NAMED.match(text.strip()) else text.strip()
+    number = parse_number(text)
+    if number is not None or len(text) > 4 * MAX_NUMBER_LENGTH:
+        return number
+    match = _FRACTION.fullmatch(text)
+    if match is None:
+        return None
+    over = match["digits"] or match["over"] or match["short"] or match["slash_over"]
+    under = match["digit"] or match["under"] or match["slash_under"]
+    if int(under) == 0 or (match["whole"] and (int(over) < 0 or int(under) < 0)):
+        return None
+    value = int(match["whole"] or 0) + Fraction(int(over), int(under))
+    return -value if match["sign"] == "-" else value
+
+
+def _is_several(answer: str) -> bool:
+    """Whether dollars part it into several formulae; an escaped one is a currency."""
+    parts = _DOLLARS.split(answer)
+    return len(parts) > 3 or sum(_HAS_MATHEMATICS.search(part) is not None for part in parts) > 1
+
+
 def _strip_dollars(text: str) -> str:
     for fence in ("$$", "$"):
         if text.startswith(fence) and text.endswith(fence) and len(text) > 2 * len(fence):
@@ -104,6 +140,9 @@ def _strip_dollars(text: str) -> str:
 
 
 def _same_mathematics(expected: str, answer: str) -> bool:
+    rationals = parse_rational(expected), parse_rational(answer)
+    if None not in rationals:
+        return rationals[0] == rationals[1]
     import math_verify
     from math_verify.errors import TimeoutException
 

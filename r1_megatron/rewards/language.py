@@ -9,9 +9,9 @@ English. Where several languages share one (Latin, Cyrillic, Arabic, Devanagari)
 put to a language detector, py3langid: a naive Bayes model of 4.6 MB that comes with its package, 60 microseconds a
 sentence, the same answer every time.
 
-Not counted against a text, beside code, formulae, numbers and addresses: names, abbreviations, units, variables and
-names of functions in another script than the text's; but no more of them than it has words of its own, so that nothing
-hides behind capital letters.
+Not counted against a text, beside code, formulae, numbers and addresses: names, abbreviations, units, variables,
+identifiers and names of functions in another script than the text's; but no more of them than it has words of its own,
+so that nothing hides behind capital letters, digits or underscores. Single signs in a formula are free.
 
     {function: language_consistency, on: reasoning}
     {function: language_consistency, on: reasoning, options: {language: zh}}
@@ -21,13 +21,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import itertools
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from r1_megatron.rewards.lexicon import COMMON_ENGLISH, PLAIN_ENGLISH, SIGNS
-from r1_megatron.rewards.words import CASED, UNSPACED, Run, prose_of, sentences
+from r1_megatron.rewards.words import CASED, UNSPACED, Run, is_code, prose_of, sentences
 
 # Languages by ISO 639-1 that share a script, which the detector tells apart; and all, with the scripts they are in.
 _SHARED = {
@@ -53,9 +56,12 @@ _NAMES = {
 
 # Longer texts are worth nothing: no response is.
 MAX_LENGTH = 1_000_000
-# The detector: from how many words on it is asked, how much of a sentence it reads, how sure it has to be that a
-# sentence is foreign, and how many of a text's sentences it hears; each of the others goes with the one before it.
+# The detector: from how many words on it is asked, in pieces of how many characters it reads a sentence, how sure it
+# has to be that a piece is foreign, and how many pieces of a text it reads. Of a longer text that is one of each of so
+# many equal parts, for its whole part. Which one says a hash of the text, so that no place is safe.
 MIN_WORDS, MAX_CHARACTERS, SURE, MAX_ASKED = 4, 300, 0.9, 256
+# Signs in a row that are still a formula, where one of these stands beside them.
+_MAX_SIGNS_IN_A_ROW, _OPERATORS = 3, frozenset("0123456789+-*/=<>^()[]{}|%!·×÷±≤≥≠≈∈→⇒−√∑∏∫")
 # Foreign words that a sentence of another script may hold and still be prose with names in it.
 _MOST_SMALL_WORDS = 2
 # Chinese characters in brackets or quotes behind a name in another script: the name's own spelling.
@@ -151,8 +157,8 @@ def mixing(text: str) -> float | None:
     parts = list(sentences(prose_of(text).text))
     scripts: Counter[str] = Counter()
     for run in (run for sentence in parts for run in sentence):
-        scripts[run.script] += len(run.words)
-    if not scripts:
+        scripts[run.script] += len(_spoken(run))
+    if not any(scripts.values()):
         return None
     most = max(scripts, key=lambda script: (scripts[script], script))
     is_japanese = most in ("han", "kana") and 10 * scripts["kana"] >= scripts["han"]
@@ -184,50 +190,90 @@ def _target(prompt: str, metadata: dict[str, Any], given: str | None) -> str:
 
 def _count(parts: Sequence[list[Run]], scripts: tuple[str, ...], language: str | None) -> WordCount:
     target = foreign = excused = 0
-    to_ask: list[list[str]] = []
+    to_ask: list[Sequence[str]] = []
     for sentence in parts:
-        own = [run for run in sentence if run.script in scripts]
-        num_own = sum(len(run.words) for run in own)
+        own = [_spoken(run) for run in sentence if run.script in scripts]
+        num_own = sum(map(len, own))
         for run in sentence:
             if run.script not in scripts:
-                signs, names = _excused(run)
-                foreign += len(run.words) - signs - names
+                free, names = _excused(run)
+                foreign += len(run.words) - free - names
                 excused += names
         if language == "zh" and any(run.script == "kana" for run in sentence):
             foreign += num_own  # Japanese: its characters are of it
         elif language == "ja" and num_own > 8 and not any(run.script == "kana" for run in sentence):
             foreign += num_own  # nine characters without a kana are Chinese
         elif language is not None and num_own >= MIN_WORDS and scripts[0] in _SHARED:
-            to_ask.append([word for run in own for word in run.words])
+            to_ask += _pieces([word for words in own for word in words])
         else:
             target += num_own
-    stride = -(-len(to_ask) // MAX_ASKED) or 1
-    is_own = True
-    for place, words in enumerate(to_ask):
-        if place % stride == 0:
-            assert language is not None
-            is_own = _is_in(language, scripts[0], words)
-        target += len(words) if is_own else 0
-        foreign += 0 if is_own else len(words)
+    for part in _parts(to_ask):
+        assert language is not None
+        num_words = sum(map(len, part.pieces))
+        is_own = _is_in(language, scripts[0], part.pieces[part.heard])
+        target += num_words if is_own else 0
+        foreign += 0 if is_own else num_words
     too_many = max(0, excused - target)
     return WordCount(target, foreign + too_many, excused - too_many)
 
 
+class _Part(NamedTuple):
+    """Pieces of a text that go with one of them."""
+
+    pieces: Sequence[Sequence[str]]
+    heard: int
+
+
+def _spoken(run: Run) -> Sequence[str]:
+    """Its words without those of code."""
+    return run.words if run.script in UNSPACED else [word for word in run.words if not is_code(word)]
+
+
+def _pieces(words: Sequence[str]) -> list[Sequence[str]]:
+    """A sentence in pieces of `MAX_CHARACTERS` at most, the last of which has `MIN_WORDS` words or more."""
+    begins, length = [0], 0
+    for place, word in enumerate(words):
+        length += len(word) + 1
+        if length > MAX_CHARACTERS + 1:
+            begins.append(place)
+            length = len(word) + 1
+    if len(begins) > 1 and len(words) - begins[-1] < MIN_WORDS:
+        begins.pop()
+    return [words[begin:end] for begin, end in zip(begins, [*begins[1:], len(words)])]
+
+
+def _parts(pieces: Sequence[Sequence[str]]) -> list[_Part]:
+    """At most `MAX_ASKED` equal parts of a text; which piece of each is heard depends on all of its words."""
+    if len(pieces) <= MAX_ASKED:
+        return [_Part([piece], 0) for piece in pieces]
+    text = "\n".join(" ".join(piece) for piece in pieces).encode("utf-8", "replace")
+    draw = random.Random(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big"))
+    bounds = [place * len(pieces) // MAX_ASKED for place in range(MAX_ASKED + 1)]
+    return [_Part(pieces[begin:end], draw.randrange(end - begin)) for begin, end in itertools.pairwise(bounds)]
+
+
 def _excused(run: Run) -> tuple[int, int]:
-    """Of a run in another script: its signs (variables, functions, units), and its names."""
+    """Of a run in another script: its units and the variables and functions of formulae; and its names and the other
+    signs, of which no more are excused than the text has words."""
     if run.script == "other":
         return 0, 0
     if run.script not in CASED:
         is_gloss = run.before in _OPENING and run.after in _CLOSING and run.before and run.after
         return 0, len(run.words) if is_gloss and run.script in UNSPACED and len(run.words) <= _MAX_GLOSS else 0
     rest = [word for word in run.words if _is_word(word)]
+    signs = [word for word in run.words if not _is_word(word)]
+    free = 0
+    if len(run.words) <= _MAX_SIGNS_IN_A_ROW and (run.before in _OPERATORS or run.after in _OPERATORS):
+        free = sum(sum(letter.isalpha() for letter in word) <= 2 or word.lower() in SIGNS for word in signs)
     if rest and rest[0] is run.words[0] and run.before.isdigit() and _is_unit(rest[0]):
         rest = rest[1:]
+        free += 1
     names, follows = 0, False
     for word in rest:  # "However" is no name, "Times" behind "New York" is part of one
         follows = word[0].isupper() and (follows or word.lower() not in COMMON_ENGLISH)
         names += follows
-    return len(run.words) - len(rest), names if len(rest) - names <= _MOST_SMALL_WORDS else 0
+    num_signs = len(run.words) - len(rest) - free
+    return free, num_signs + (names if len(rest) - names <= _MOST_SMALL_WORDS else 0)
 
 
 def _is_word(word: str) -> bool:
@@ -242,7 +288,7 @@ def _is_unit(word: str) -> bool:
     return len(word) <= 3 and word.lower() not in COMMON_ENGLISH
 
 
-def _is_in(language: str, script: str, words: list[str]) -> bool:
+def _is_in(language: str, script: str, words: Sequence[str]) -> bool:
     """Whether a sentence may be in a language of its script: it is, unless the detector is sure of another one."""
     if language == "en" and _is_plain_english(words):
         return True

@@ -37,3 +37,13 @@ SIGNS = _set(
     ker deg arg re im mm cm dm km kg mg ml kw mb gb tb kb hz ms ns am pm th st nd rd vs etc
     """
 )
+# Words of programming languages, which a line of code may consist of.
+CODE_WORDS = _set(
+    """
+    if for in is not and or None True False return import from while else elif def class try except finally with as
+    lambda print raise pass yield break continue global del assert async await int float str bool char double long void
+    public private static final const let var function new this null true false end begin then do done fi echo switch
+    case default struct enum using namespace include std SELECT FROM WHERE AND OR NOT GROUP ORDER BY JOIN ON INSERT INTO
+    VALUES UPDATE SET DELETE CREATE TABLE AS LIMIT HAVING sudo apt pip npm git conda install
+    """
+)

@@ -7,7 +7,8 @@
 
 The model scores under the run's own layout, all ranks together, whatever its size and architecture, as long as they
 divide over that layout. It reads text, not tokens: what the policy wrote is put into the template and the tokenizer
-that the reward model was trained with, which its checkpoint holds. With ``train.offload`` its weights lie on the host
+that the reward model was trained with, which its checkpoint holds. A response that spells control tokens, to forge the
+end of its turn and another's, is read as the text that it is. With ``train.offload`` its weights lie on the host
 and are on the GPU while it scores.
 """
 
@@ -27,7 +28,7 @@ from r1_megatron.checkpoint.store import load_checkpoint, read_description
 from r1_megatron.config.schema import RewardTermConfig, RunConfig, TokenizerConfig
 from r1_megatron.config.value_models import beside, checkpoint_model, reward_model_terms
 from r1_megatron.data.templates import render
-from r1_megatron.data.tokenizers import Tokenizer, build_tokenizer, encode_prompt
+from r1_megatron.data.tokenizers import Tokenizer, build_tokenizer, encode_as_text, encode_prompt
 from r1_megatron.model.build import build_model
 from r1_megatron.parallel.groups import ProcessGroups
 from r1_megatron.rewards.mixture import concerns, counts_at, seen_part
@@ -66,7 +67,7 @@ class RewardModel:
     def _sample(self, prompt: str, response: str) -> TrainSample:
         """As the rows that the model learned from: the prompt in its template, the response, the stop token."""
         before = encode_prompt(self.tokenizer, render(self.template, plain(prompt), self.tokenizer))
-        tokens = [*before, *self.tokenizer.encode(plain(response)), self.tokenizer.eos_id]
+        tokens = [*before, *encode_as_text(self.tokenizer, plain(response)), self.tokenizer.eos_id]
         cut = max(0, len(tokens) - self.max_tokens)
         return scored(np.array(tokens[cut:]), prompt_len=max(0, len(before) - cut))
 

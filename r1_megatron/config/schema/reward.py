@@ -54,7 +54,8 @@ class CodeOptions:
 @dataclass(frozen=True)
 class RewardConfig:
     terms: tuple[RewardTermConfig, ...] = (RewardTermConfig("accuracy"), RewardTermConfig("format"))
-    # Seconds one call may take.
+    # Seconds one call may take, which is a rank's whole batch: of plug-ins, of `code`, and of accuracy's computer
+    # algebra. Other terms of ours are bounded by the length of the text, reward models by parallel.timeout_s.
     timeout_s: float = 60.0
     # A reward that raises, hangs or answers nonsense ends the run ("fail"), or counts zero and is counted ("zero").
     on_error: Literal["fail", "zero"] = "fail"

@@ -123,6 +123,22 @@ ACCURACY = [
     latex("latex_null", "\\frac{1}{2}\0", 0, "a null byte is part of the answer"),
     latex("latex_surrogate", "\\frac{1}{\ud800}", 0, "not a half"),
     latex("latex_right_to_left", "\u202e\\frac{1}{3}", 0, "not a half"),
+    latex("almost_half", "0.5000001", 0, "compared exactly, not rounded"),
+    latex("below_half", "0.49999999", 0, "compared exactly, not rounded"),
+    latex("named_almost_half", "x = 0.5000001", 0, "compared exactly, not rounded"),
+    latex("fraction_almost_half", r"\frac{5000001}{10000000}", 0, "compared exactly, not rounded"),
+    latex("mixed_almost", "1.50000001", 0, "compared exactly, not rounded", r"1\frac{1}{2}"),
+    latex("third", "0.3333333", 0, "compared exactly, not rounded", "1/3"),
+    latex("mixed_half", r"0\frac{1}{2}", 1, "the same number"),
+    latex("named_half", r"x = \dfrac{2}{4}", 1, "the same number"),
+    latex("negative_half", r"-\frac{-1}{2}", 1, "the same number"),
+    latex("two_formulae", r"\frac{1}{3}$ $\frac{1}{2}", 0, "one formula is asked for"),
+    latex("three_formulae", r"$\frac{1}{3}$ $\frac{1}{4}$ $\frac{1}{2}$", 0, "one formula is asked for"),
+    latex("closed_formula", r"\frac{1}{3}$ \frac{1}{2}", 0, "one formula is asked for"),
+    latex("double_dollars", r"\frac{1}{3}$$ $$\frac{1}{2}", 0, "one formula is asked for"),
+    latex("two_letters", "x$ $y", 0, "one formula is asked for", "y"),
+    latex("dollar_price", r"\$0.5", 1, "half a dollar"),
+    latex("dollar_in_front", "$0.5", 1, "one formula, carelessly written"),
     latex("latex_long", "x+" * 100 + "x", 0, "not a half"),
 ]  # fmt: skip
 
@@ -187,6 +203,24 @@ FORMAT = [
 ]  # fmt: skip
 
 ENGLISH = "First we add the two numbers and then we check the sum again."
+# As many characters as ENGLISH has words.
+CHINESE = "首先我们把两个数相加然后检"
+TWICE = ENGLISH[:-1].split() * 2
+SPELLED = "weaddthetwonumbersandcheck"
+# Seven of them are 301 characters, as many as the detector reads at a time; nine words each.
+ENGLISH_PIECE = "now we add the two numbers and check again " * 7
+FRENCH_PIECE = "puis nous ajoutons les deux et la somme là " * 7
+
+
+def hidden(name: str, text: str, score: float, why: str) -> Case:
+    """An English sentence and something else."""
+    return Case(name, f"{ENGLISH} {text}", score, why)
+
+
+def hidden_in_chinese(name: str, text: str, score: float, why: str) -> Case:
+    return Case(f"chinese_{name}", f"{CHINESE}。{text}", score, why, "zh")
+
+
 LANGUAGE = [
     Case("right", ENGLISH, 1, "all words are English, which the prompt asks for"),
     Case("other", "首先我们把两个数相加，然后再检查一遍结果。", 0, "all words are Chinese"),
@@ -212,6 +246,61 @@ LANGUAGE = [
     Case("tags", "<think>" * 100_000, 0, "tags are no words"),
     Case("fences", "```\n" * 100_000, 0, "code has no words of a language"),
     Case("accents", "a" + "\u0301" * 300_000, 0, "no word is so long"),
+    hidden("fence", f"\n```\n{CHINESE}\n```", 1 / 2, "Chinese behind ticks is Chinese"),
+    hidden("named_fence", f"\n```python\n{CHINESE}\n```", 1 / 2, "Chinese behind ticks is Chinese"),
+    hidden("comment", f"\n```python\n# {CHINESE}\nx = 1\n```", 1 / 2, "a Chinese comment is Chinese"),
+    hidden("ticks", f"`{CHINESE}`", 1 / 2, "Chinese behind ticks is Chinese"),
+    hidden("tag", f"<_{CHINESE}>", 1 / 2, "tags are ASCII"),
+    hidden("radicals", "\u2f08" * 13, 1 / 2, "radicals are Chinese characters"),
+    hidden("more_radicals", "\u2e80" * 13, 1 / 2, "radicals are Chinese characters"),
+    hidden("extension_h", "\U00031350" * 13, 1 / 2, "rare characters are Chinese characters"),
+    hidden("extension_i", "\U0002ebf0" * 13, 1 / 2, "rare characters are Chinese characters"),
+    hidden("circled", "\u3280" * 13, 1 / 2, "circled characters are Chinese characters"),
+    hidden(
+        "french_fence",
+        "\n```\nNous additionnons encore les deux nombres, et nous vérifions la somme totale ici.\n```",
+        1 / 2,
+        "French behind ticks is French",
+    ),
+    hidden(
+        "code",
+        "\n```python\nimport os\nimport sys\n\nfor i in range(n):\n    # add them up\n    total += i\n```",
+        1,
+        "code is not counted",
+    ),
+    Case("long_sentence", ENGLISH_PIECE + 3 * FRENCH_PIECE, 1 / 4, "it is read to its end"),
+    Case("french_first", 3 * FRENCH_PIECE + ENGLISH_PIECE, 1 / 4, "it is read to its end"),
+    hidden_in_chinese("fence", f"\n```\n{ENGLISH}\n```", 1 / 2, "a fence makes no code of prose"),
+    hidden_in_chinese("lines", "\n```\n" + ENGLISH.replace(" ", "\n") + "\n```", 1 / 2, "prose, a word on each line"),
+    hidden_in_chinese("comments", f"\n```python\n# {ENGLISH}\nx = 1\n```", 1 / 2, "more comment than code is prose"),
+    hidden_in_chinese("docstring", f'\n```\n"""\n{ENGLISH}\n"""\n```', 1 / 2, "more comment than code is prose"),
+    hidden_in_chinese("ticks", f"`{ENGLISH}`", 1 / 2, "ticks make no code of prose"),
+    hidden_in_chinese("ticked_words", " ".join(f"`{word}`" for word in TWICE), 1 / 2, "no more code than own words"),
+    hidden_in_chinese("calls", " ".join(f"`{word}()`" for word in TWICE), 1 / 2, "no more code than own words"),
+    hidden_in_chinese("tags", "".join(f"<{word}>" for word in TWICE), 1 / 2, "no more tags than own words"),
+    hidden_in_chinese("digits", " ".join(f"{word}1" for word in TWICE), 1 / 2, "no more variables than own words"),
+    hidden_in_chinese("underscores", " ".join(f"{word}_x" for word in TWICE), 1 / 2, "no more names than own words"),
+    hidden_in_chinese("equations", "=".join(f"{word}1" for word in TWICE), 13 / 22, "we1 is a variable"),
+    hidden_in_chinese("spelled", " ".join(SPELLED), 1 / 2, "no more variables than own words"),
+    hidden_in_chinese("spelled_lines", "\n".join(SPELLED), 1 / 2, "no more variables than own words"),
+    hidden_in_chinese("spelled_stops", ".".join(SPELLED), 1 / 2, "no more variables than own words"),
+    hidden_in_chinese("functions", "max min " * 13, 1 / 2, "no more functions than own words"),
+    hidden_in_chinese(
+        "squared_letters", "🅵🅸🆁🆂🆃 🅆🄴 🄰🄳🄳 🇹🇭🇪 🇹🇼🇴 🄽🅄🄼🄱🄴🅁🅂 " * 2 + "🄰", 13 / 25, "letters in boxes are letters"
+    ),
+    hidden_in_chinese(
+        "code",
+        "\n```c\nfor (int i = 0; i < n; i++) {\n    total += values[i];\n}\nreturn total;\n```",
+        1,
+        "code is not counted",
+    ),
+    hidden_in_chinese(
+        "formula",
+        "2x + 3y = z, sin x < 1, f(x) = |y|, a * b = c / d, m > k, p ^ q ≤ u + v + w",
+        1,
+        "variables of formulae are in no language",
+    ),
+    Case("chinese_calculation", "2x + 3y = 7", 1, "a formula without a word is consistent", "zh"),
 ]
 
 TOKEN_COUNT = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import threading
+from fractions import Fraction
 
 import pytest
 
@@ -73,6 +74,32 @@ def test_a_label_that_is_none_is_an_error_of_the_data(label):
 
 EQUAL = [(r"\frac{1}{2}", "1/2"), ("0.5", r"\frac12"), ("(x+1)^2", "x^2+2x+1"), (r"2\sqrt{2}", r"\sqrt{8}")]
 DIFFERENT = [(r"\frac{1}{3}", "1/2"), ("(x+1)^2", "x^2+1"), (r"\}{", "1/2"), (r"\text{print(1)}", "1/2")]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0.5", (1, 2)),
+        (r"\frac{1}{2}", (1, 2)),
+        (r"\frac12", (1, 2)),
+        (r"\tfrac1{2}", (1, 2)),
+        (r"-\dfrac{ 3 }{-6}", (1, 2)),
+        ("x = 2/4", (1, 2)),
+        (r"1\frac{1}{2}", (3, 2)),
+        (r"-1\frac12", (-3, 2)),
+        ("1,234.5", (2469, 2)),
+        (r"\frac{1}{0}", None),
+        (r"\frac{x}{2}", None),
+        (r"\frac{1}{2}+1", None),
+        (r"1\frac{-1}{2}", None),
+        (r"\frac{" + "9" * 41 + "}{2}", None),
+        ("１/２", None),
+        ("1/2/3", None),
+        ("", None),
+    ],
+)
+def test_rational_numbers(text, value):
+    assert accuracy.parse_rational(text) == (None if value is None else Fraction(*value))
 
 
 def test_math_verify_decides_latex():

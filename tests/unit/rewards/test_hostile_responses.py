@@ -37,6 +37,11 @@ def test_the_table_is_long_enough_and_names_are_unique():
         assert len({case.name for case in cases}) == len(cases)
 
 
+def _language(reward: str, case: hostile_code.Case) -> dict[str, str]:
+    """The label of a case for ``language_consistency`` is the language that is asked for."""
+    return {"language": case.label if reward == "language_consistency" and isinstance(case.label, str) else "en"}
+
+
 @pytest.mark.parametrize("reward", TABLE)
 def test_scores(reward: str):
     if reward == "code":
@@ -47,7 +52,7 @@ def test_scores(reward: str):
     cases = TABLE[reward]
     term = RewardTermConfig(reward, options=OPTIONS.get(reward, {}))
     with build_rewards(RewardConfig((term,), timeout_s=300)) as grader:
-        prompts = [Prompt(i, "", (), case.label, metadata={"language": "en"}) for i, case in enumerate(cases)]
+        prompts = [Prompt(i, "", (), case.label, metadata=_language(reward, case)) for i, case in enumerate(cases)]
         grades = grader.grade(prompts, [case.response for case in cases], step=1, num_tokens=[100] * len(cases))
     wrong = [
         f"{case.name}: {score}, expected {case.score}, because {case.why}"

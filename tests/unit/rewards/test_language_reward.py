@@ -9,6 +9,7 @@ from r1_megatron.rewards.base import RewardError, build_rewards
 from r1_megatron.rewards.language import (
     LANGUAGES,
     MAX_ASKED,
+    MAX_CHARACTERS,
     count_words,
     detect_language,
     known_language,
@@ -257,6 +258,30 @@ def test_a_long_text_asks_the_detector_a_bounded_number_of_times(monkeypatch):
     monkeypatch.setattr("r1_megatron.rewards.language._ask", ask)
     assert count_words("Primero sumamos los dos. " * 5000, "fr") == (0, 20_000, 0)
     assert 0 < len(asked) <= MAX_ASKED
+
+
+def test_no_place_of_a_long_text_is_safe():
+    """Of 600 sentences 256 are heard; where a fixed stride of three would hear them, stands English."""
+    french, english = "Nous additionnons encore les deux nombres. ", "First we add the two numbers. "
+    for text in ((english + french + french) * 200, "So here it is. " + (english + french + french) * 200):
+        assert reward(text, "en") == pytest.approx(1 / 3, abs=0.12)
+        assert reward(text, "en") == reward(text, "en")
+    assert reward(french * 600, "en") == 0.0 and reward(english * 600, "en") == 1.0
+
+
+def test_a_sentence_without_an_end_is_heard_in_pieces(monkeypatch):
+    asked: list[str] = []
+
+    def ask(script, words):
+        asked.append(" ".join(words))
+        return "es", 0.95
+
+    monkeypatch.setattr("r1_megatron.rewards.language._ask", ask)
+    assert count_words("primero sumamos los dos " * 100, "fr") == (0, 400, 0)
+    assert 8 <= len(asked) <= 9 and max(map(len, asked)) <= MAX_CHARACTERS + 20
+    asked.clear()
+    assert count_words("primero sumamos los dos " * 20_000, "fr") == (0, 80_000, 0)
+    assert len(asked) == MAX_ASKED
 
 
 def test_every_language_can_be_asked_for():

@@ -155,10 +155,13 @@ def test_who_says_what_is_right(components, right):
     assert num_right(graded) == np.nansum(right)
 
 
+POLICY = SimpleNamespace(flops=SimpleNamespace(forward=lambda num_tokens, context=0: 0.0))
+
+
 def test_means_are_of_those_that_a_term_counts_for():
     """In metrics and in samples.jsonl; and those for which none counts are counted."""
     graded = [group(accuracy=[1.0, nan, nan], format=[nan, 1.0, nan]), group(accuracy=[0.0], format=[nan])]
-    run = SimpleNamespace(cfg=RunConfig(), engine=SimpleNamespace(metrics={}))
+    run = SimpleNamespace(cfg=RunConfig(), engine=SimpleNamespace(metrics={}), policy=POLICY)
     report, metrics = StepReport(cast(Any, run)), Metrics()
     report._of_rollouts(metrics, graded)
     found = metrics.result()
@@ -170,7 +173,7 @@ def test_means_are_of_those_that_a_term_counts_for():
 
 def test_sources_that_the_mixture_names_have_means_of_their_own():
     terms = (RewardTermConfig("accuracy", sources=("math/algebra", "chat")), RewardTermConfig("format"))
-    run = SimpleNamespace(cfg=RunConfig(reward=RewardConfig(terms)), engine=SimpleNamespace(metrics={}))
+    run = SimpleNamespace(cfg=RunConfig(reward=RewardConfig(terms)), engine=SimpleNamespace(metrics={}), policy=POLICY)
     metrics = Metrics()
     groups = [group("math/algebra", accuracy=[1, 0]), group("math/algebra", accuracy=[1]), group("other", format=[1])]
     StepReport(cast(Any, run))._of_rollouts(metrics, groups)
