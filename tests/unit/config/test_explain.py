@@ -170,7 +170,7 @@ def test_where_values_and_scores_come_from():
     lines = lines_of(explain(load_config("recipe:rl_2")))
     assert (
         "reward.terms.3 runs/reward_helpful/checkpoints/final scores the summary at its last token, in its own "
-        "template and tokenizer, of general, from step 82 on"
+        "template and tokenizer, of helpful, from step 82 on"
     ) in lines
     trained = lines_of(explain(load_config(ROOT / "examples/chain_sum_reward_model.yaml")))
     assert (
