@@ -18,6 +18,9 @@ from r1_megatron.pipeline.claims import Claim
 from r1_megatron.pipeline.figures import read_figures
 from r1_megatron.pipeline.state import NodeState, PipelineState, artefact_paths
 
+# Of a claim without findings.
+NOTHING = "nothing to compare: not evaluated yet, or no benchmark has the figures"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -85,14 +88,17 @@ def claims_text(state: PipelineState, found: Sequence[Finding]) -> list[str]:
     for claim in state.pipeline.claims:
         mine = [finding for finding in found if finding.claim is claim]
         lines += ["", f"  {claim.say}{_cost(mine[0]) if mine else ''}"]
-        lines += [f"      {finding}" for finding in mine] or ["      nothing to compare yet"]
-        lines += [f"      {claim.otherwise}"] if needs_a_reason(claim, mine) else []
+        lines += [f"      {finding}" for finding in mine] or [f"      {NOTHING}"]
+        lines += [f"      {note}" for note in remarks(claim, mine)]
     return lines
 
 
-def needs_a_reason(claim: Claim, found: Sequence[Finding]) -> bool:
-    """Whether a claim that does not hold everywhere says what may be the reason."""
-    return bool(claim.otherwise) and any(finding.verdict != "holds" for finding in found)
+def remarks(claim: Claim, found: Sequence[Finding]) -> list[str]:
+    """What belongs beside a claim's findings: the reason where it does not hold everywhere, and what else than the
+    checkpoint differs between the two evaluations."""
+    said = [claim.otherwise] if claim.otherwise and any(finding.verdict != "holds" for finding in found) else []
+    differing = dict.fromkeys(note for finding in found for note in finding.notes)
+    return said + ([f"The evaluations also differ in: {'; '.join(differing)}."] if differing else [])
 
 
 def _cost(finding: Finding) -> str:

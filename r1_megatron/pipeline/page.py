@@ -10,7 +10,7 @@ from r1_megatron import __version__
 from r1_megatron.evaluation.compare import compare, signed, verdict
 from r1_megatron.evaluation.results import INTERVALS
 from r1_megatron.pipeline.figures import read_figures
-from r1_megatron.pipeline.findings import Finding, evaluations_of, findings, needs_a_reason
+from r1_megatron.pipeline.findings import NOTHING, Finding, evaluations_of, findings, remarks
 from r1_megatron.pipeline.read import Pipeline
 from r1_megatron.pipeline.state import PipelineState, read_state
 from r1_megatron.pipeline.store import seconds_of
@@ -67,8 +67,8 @@ def _claims(state: PipelineState, found: Sequence[Finding]) -> str:
     for claim in state.pipeline.claims:
         mine = [one for one in found if one.claim is claim]
         heads = ("", "", claim.than, claim.better, "difference", "")
-        table = _table(heads, [_finding(one) for one in mine]) if mine else "<p>Nothing to compare yet.</p>"
-        notes = [claim.otherwise] if needs_a_reason(claim, mine) else []
+        table = _table(heads, [_finding(one) for one in mine]) if mine else f"<p>{NOTHING.capitalize()}.</p>"
+        notes = remarks(claim, mine)
         notes += [_cost(mine[0])] if mine and all(mine[0].flops) else []
         parts += [f"<h3>{text(claim.say)}</h3>{table}", *(f'<p class="soft">{text(note)}</p>' for note in notes)]
     return f"<section><h2>Claims</h2>{''.join(parts)}</section>\n"

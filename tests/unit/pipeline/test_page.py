@@ -81,9 +81,9 @@ def test_claims_are_put_to_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     said = "\n".join(claims_text(state, found))
     assert "Late is better than early.\n      sums pass@1 56.2% against 0.0%, +56.2 [+" in said
     assert said.count("Late!") == 1 and page.page(state).count("Late!") == 1
-    assert said.endswith("Never is best.\n      nothing to compare yet")
+    assert said.endswith("Never is best.\n      nothing to compare: not evaluated yet, or no benchmark has the figures")
     html = page.page(state)
-    assert "<td>holds</td>" in html and "<td>fails</td>" in html and "Nothing to compare yet." in html
+    assert "<td>holds</td>" in html and "<td>fails</td>" in html and "Nothing to compare: not evaluated yet" in html
 
 
 @pytest.mark.parametrize(
